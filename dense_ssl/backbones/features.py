@@ -1,0 +1,98 @@
+"""What a backbone returns, and what every backbone is."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import timm
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dense_ssl.config import Config, UserError
+
+
+class BackboneConfig(Config):
+    """Which network, and the few things about it that change results."""
+
+    name: str = "resnet50"  # a timm model name
+    init: Literal["fan_in", "fan_out", "timm"] = "fan_in"  # Kaiming normal of convolutions
+    output_stride: Literal[8, 16, 32] = 32  # ResNets: dilate the last stages below 32
+    bn_groups: Annotated[int, Field(ge=1)] = 1  # batch statistics over this many groups of samples
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # ViTs: stochastic depth
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a backbone says of B images."""
+
+    cls: Tensor  # [B, T, D]  class tokens; a ResNet's one is its average-pooled map
+    dense: Tensor  # [B, N, D]  one vector per cell, row-major
+    grid: tuple[int, int]  # rows, columns; N = rows * columns
+
+
+class Backbone(nn.Module, ABC):
+    """A timm trunk that returns `Features`. State keys are `trunk.<timm name>`."""
+
+    config: BackboneConfig
+    trunk: nn.Module
+    dim: int  # D
+    stride: int  # source pixels per cell
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Features:
+        """Return the features of normalised float images [B, 3, H, W]."""
+
+    @abstractmethod
+    def compile_encoder(self) -> None:
+        """Compile the part of the network that does the work, in place."""
+
+    @abstractmethod
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+
+
+def create_trunk(name: str, **options: object) -> nn.Module:
+    """Return a timm model without its classifier, or say which names exist.
+
+    Raises:
+        UserError: timm does not know `name`, or the model does not take one of `options`.
+    """
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name}*")[:3] or timm.list_models(f"{name[:6]}*")[:3]
+        hint = f"; did you mean one of {', '.join(close)}?" if close else ""
+        raise UserError(f"method.backbone.name: timm has no model {name!r}{hint}")
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except TypeError as error:
+        raise UserError(f"method.backbone: {name} does not take {error}") from None
+
+
+def initialise_convolutions(module: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
+    """Kaiming-normal convolutions and unit BatchNorm (moco: fan_out; OpenSelfSup, DenseCL: fan_in).
+
+    No residual branch starts at zero: both families leave the last BatchNorm's weight at 1.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def grid_of(images: Tensor, stride: int) -> tuple[int, int]:
+    """Return rows and columns of the cells of images [B, 3, H, W] at a stride."""
+    return images.shape[-2] // stride, images.shape[-1] // stride
+
+
+def tokens_from_map(maps: Tensor) -> Tensor:
+    """Return a map [B, D, h, w] as cells [B, h * w, D], row-major."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def pooled(dense: Tensor) -> Tensor:
+    """Return the mean over cells as the one class token, [B, N, D] -> [B, 1, D]."""
+    return torch.mean(dense, dim=1, keepdim=True)

@@ -1,0 +1,192 @@
+"""The few collectives training needs, each the identity on one rank."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dense_ssl.config import UserError
+from dense_ssl.rng import key_of
+
+_SHUFFLE = 0x5B  # stream of the batch-shuffle permutations
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+    flags: dist.ProcessGroup | None  # gloo group for host-side agreement; None on one rank
+
+
+def init_world(device: str) -> World:
+    """Join the process group torchrun describes, or be alone; return this rank's place and device.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UserError: CUDA is asked for and there is none, or there are fewer GPUs than local ranks.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    where = _device(device, local_rank)
+    if size == 1:
+        return World(rank=0, size=1, device=where, flags=None)
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=10)
+    if where.type == "cuda":
+        dist.init_process_group(backend, timeout=timeout, device_id=where)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    flags = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank=dist.get_rank(), size=size, device=where, flags=flags)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"run.device: {name} asked for, but torch sees no CUDA GPU; use cpu or auto"
+        )
+    index = local_rank if name in ("auto", "cuda") else torch.device(name).index or 0
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"run.device: rank needs cuda:{index}, torch sees {torch.cuda.device_count()} GPU(s); "
+            "lower GPUS"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def close_world(world: World) -> None:
+    """Leave the process group."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Return every rank's x [B, ...] concatenated in rank order, [G * B, ...]. No gradient."""
+    if world_size() == 1:
+        return x
+    x = x.contiguous()
+    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x)
+    return out
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Return the mean of x over ranks. No gradient."""
+    if world_size() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / world_size()
+
+
+def shuffle_indices(perm: Tensor, G: int) -> list[Tensor]:
+    """Return, for each of G ranks, which gathered samples it encodes (moco.md 2.5, step 4)."""
+    return list(perm.view(G, -1))
+
+
+def unshuffle_indices(perm: Tensor, G: int) -> list[Tensor]:
+    """Return, for each rank, where its own samples stand in the shuffled order (step 5)."""
+    return list(torch.argsort(perm).view(G, -1))
+
+
+class BatchShuffle:
+    """Shuffled BatchNorm: encode other samples than one's own, then hand them back (moco.md 2.5).
+
+    With `groups` BatchNorm groups per rank the permutation spans all ranks' groups, so one device with
+    8 groups shuffles as 8 devices do. With one group in all there is nothing to shuffle.
+
+        with BatchShuffle(x, seed, step) as shuffle:
+            k = shuffle.restore(encode(shuffle.images))
+    """
+
+    def __init__(
+        self, images: Tensor, seed: int, step: int, micro: int = 0, groups: int = 1
+    ) -> None:
+        self._ranks, self._rank = world_size(), rank()
+        self._active = self._ranks * groups > 1
+        self.images = images
+        if self._active:
+            total = images.shape[0] * self._ranks
+            generator = torch.Generator().manual_seed(int(key_of(seed, _SHUFFLE, step, micro) >> 1))
+            # Drawn alike on every rank from the same key: no broadcast needed.
+            perm = torch.randperm(total, generator=generator).to(images.device, non_blocking=True)
+            self._inverse = unshuffle_indices(perm, self._ranks)[self._rank]
+            mine = shuffle_indices(perm, self._ranks)[self._rank]
+            self.images = all_gather(images)[mine]
+
+    def __enter__(self) -> "BatchShuffle":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        return None
+
+    def restore(self, *encoded: Tensor) -> tuple[Tensor, ...]:
+        """Return each encoded tensor [B, ...] with this rank's own samples back in order."""
+        if not self._active:
+            return encoded
+        return tuple(all_gather(x)[self._inverse] for x in encoded)
+
+
+class Agreement:
+    """Whether any rank has raised its flag, learned one step late and without stopping anybody.
+
+    Every rank calls `ask` once per step; the reduction runs behind the step and is read at the next.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+
+    def ask(self, flag: bool) -> bool:
+        """Return whether any rank's flag was up at the previous call (at once on one rank)."""
+        if self._world.size == 1:
+            return flag
+        agreed = False
+        if self._pending is not None:
+            self._pending.wait()
+            agreed = bool(self._flag.item())
+        self._flag = torch.tensor([int(flag)], dtype=torch.int32)
+        self._pending = dist.all_reduce(
+            self._flag, op=dist.ReduceOp.MAX, group=self._world.flags, async_op=True
+        )
+        return agreed
+
+    def settle(self) -> None:
+        """Wait for the reduction under way, so that no rank leaves another waiting."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+
+
+def cat_carries(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the micro-batches' tensors of one step as one, gathered from every rank."""
+    return all_gather(torch.cat(list(tensors)))

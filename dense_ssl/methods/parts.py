@@ -1,0 +1,46 @@
+"""Small modules that more than one method has."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dense_ssl.config import UserError
+
+
+def mlp_head(dim: int, hidden: int, out: int) -> nn.Sequential:
+    """Return Linear, ReLU, Linear, all with bias (MoCo-v2's head; on cells it is a 1 x 1 convolution)."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return x / max(|x|, 1e-12) along the last axis, in float32 whatever the autocast."""
+    return F.normalize(x.float(), dim=-1)
+
+
+class KeyQueue(nn.Module):
+    """The K most recent keys, first in first out (MoCo, arXiv:1911.05722, section 3.2).
+
+    Keys are rows [K, D] of unit vectors; at the start they are normalised Gaussian noise.
+    """
+
+    keys: Tensor
+    pointer: Tensor
+
+    def __init__(self, length: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(length, dim), dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Write keys [M, D] over the oldest ones, wrapping around; M must not exceed K."""
+        length = self.keys.shape[0]
+        if keys.shape[0] > length:
+            raise UserError(
+                f"method.queue_length: {length} is shorter than the {keys.shape[0]} keys of one step; "
+                "make it at least train.batch_size"
+            )
+        # Positions are computed on the device: reading the pointer back would stall the step.
+        at = (self.pointer + torch.arange(keys.shape[0], device=keys.device)) % length
+        self.keys.index_copy_(0, at, keys.to(self.keys.dtype))
+        self.pointer.copy_((self.pointer + keys.shape[0]) % length)
