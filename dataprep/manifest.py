@@ -1,0 +1,248 @@
+"""What a shard set is: the contract between the writers here and every reader. numpy and stdlib only.
+
+A shard set is a folder:
+
+    manifest.json          written last: where it is missing, the conversion is not finished
+    sizes.npy              int32 [n, 2], (height, width) of the stored images
+    labels.npy             int64 [n], class index, -1 where the source has none
+    checksums.npy          uint8 [n, 16], blake2b-128 of each record's JPEG bytes
+    names.txt              one JSON string a line: the id of each record, its path within the source
+    quarantine.jsonl       one {"name", "reason"} a line: images that were refused
+    skipped.jsonl          one {"name", "reason"} a line: files that were never taken for images
+    ffcv/images.beton      FFCV's own format, fields `image` and `label`
+    dali/shard-000000.tar  webdataset tar shards, each with its index for DALI (`.idx`)
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataprep.write_ffcv import read_allocations
+
+FORMAT = "shards/1"
+MANIFEST = "manifest.json"
+BETON = "ffcv/images.beton"
+CHUNK = 1 << 20
+
+
+class DataError(ValueError):
+    """What the user pointed at is wrong or cannot be used; programs print it alone and exit with 2."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete shard set, checked for presence and shape of everything it lists."""
+
+    root: Path
+    num_images: int
+    formats: tuple[str, ...]  # of "ffcv", "dali"
+    classes: tuple[str, ...]  # class names by label, empty where the source has none
+    source: Mapping[str, Any]  # dataset, path as given, split
+    options: Mapping[str, Any]  # size, quality, ...
+    versions: Mapping[str, Any]  # of the libraries that made the pixels
+    files: Mapping[str, Mapping[str, Any]]  # relative path -> {"bytes", "sha256"}
+    num_quarantined: int
+    sizes: np.ndarray = field(repr=False)  # int32 [n, 2] (height, width)
+    labels: np.ndarray = field(repr=False)  # int64 [n]
+
+    @classmethod
+    def load(cls, root: Path) -> "Manifest":
+        """Return the shard set in `root`.
+
+        Every listed file must be there with its size in bytes; contents are `verify`'s business.
+
+        Raises:
+            DataError: no manifest, another format, or a file is missing or has another size.
+        """
+        root = Path(root)
+        data = _read_json(root)
+        files = data["files"]
+        for name, entry in files.items():
+            path = root / name
+            if not path.is_file():
+                raise DataError(f"{path}: missing from the shard set; convert it again")
+            if path.stat().st_size != entry["bytes"]:
+                raise DataError(
+                    f"{path}: {path.stat().st_size:,} bytes where the manifest says "
+                    f"{entry['bytes']:,}; convert it again"
+                )
+        count = data["num_images"]
+        return cls(
+            root=root,
+            num_images=count,
+            formats=tuple(data["formats"]),
+            classes=tuple(data["classes"]),
+            source=data["source"],
+            options=data["options"],
+            versions=data["versions"],
+            files=files,
+            num_quarantined=data["num_quarantined"],
+            sizes=load_array(root / "sizes.npy", np.dtype(np.int32), (count, 2)),
+            labels=load_array(root / "labels.npy", np.dtype(np.int64), (count,)),
+        )
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The id of each record: its path within the source."""
+        lines = (self.root / "names.txt").read_text().splitlines()
+        return tuple(json.loads(line) for line in lines)
+
+    @cached_property
+    def checksums(self) -> np.ndarray:
+        """uint8 [n, 16], blake2b-128 of each record's JPEG bytes."""
+        shape = (self.num_images, 16)
+        return load_array(self.root / "checksums.npy", np.dtype(np.uint8), shape)
+
+    @property
+    def shards(self) -> list[Path]:
+        """The tar shards in the order of their records; empty without format "dali"."""
+        return [self.root / name for name in sorted(self.files) if name.endswith(".tar")]
+
+    @property
+    def beton(self) -> Path:
+        """The FFCV file; it exists where "ffcv" is among the formats."""
+        return self.root / BETON
+
+
+class RecordReader:
+    """Random access to the JPEG bytes of a complete shard set.
+
+    Safe to share between threads and across fork (positional reads only), and picklable (it reopens).
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        if "dali" in manifest.formats:
+            located = [read_index(path.with_suffix(".idx")) for path in manifest.shards]
+            paths = manifest.shards
+            offsets = np.concatenate([table[:, 0] for table in located])
+            lengths = np.concatenate([table[:, 1] for table in located])
+            owner = np.repeat(np.arange(len(located)), [len(table) for table in located])
+        else:
+            paths = [manifest.beton]
+            try:
+                offsets, lengths = read_allocations(manifest.beton)
+            except ValueError as error:
+                raise DataError(f"{error}; convert it again") from None
+            owner = np.zeros(len(offsets), dtype=np.int64)
+        if len(offsets) != manifest.num_images:
+            raise DataError(
+                f"{manifest.root}: its index holds {len(offsets)} records, its manifest "
+                f"{manifest.num_images}; convert it again"
+            )
+        self._paths, self._offsets, self._lengths, self._owner = paths, offsets, lengths, owner
+        self._files = [path.open("rb", buffering=0) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def read(self, index: int) -> bytes:
+        """Return the JPEG bytes of one record.
+
+        Raises:
+            DataError: the file ends before the record does.
+        """
+        owner, length = int(self._owner[index]), int(self._lengths[index])
+        data = os.pread(self._files[owner].fileno(), length, int(self._offsets[index]))
+        if len(data) != length:
+            raise DataError(f"{self._paths[owner]}: ends within record {index}; convert it again")
+        return data
+
+    def close(self) -> None:
+        """Close the files; the reader cannot be used after."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> "RecordReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Callable[[Path], "RecordReader"], tuple[Path]]:
+        return _reopen, (self.manifest.root,)
+
+
+def record_checksum(data: bytes | memoryview) -> bytes:
+    """Return the 16 bytes that stand for one record in checksums.npy."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_index(path: Path) -> np.ndarray:
+    """Return int64 [n, 2], (offset, length) of each `.jpg` named by a webdataset index file.
+
+    Raises:
+        DataError: the file is not an index as written here.
+    """
+    lines = path.read_text().splitlines()
+    try:
+        version, count = lines[0].split()
+        rows = [line.split() for line in lines[1:]]
+        table = np.array([[int(row[1]), int(row[2])] for row in rows], dtype=np.int64)
+    except (IndexError, ValueError):
+        raise DataError(f"{path}: not a webdataset index; convert the set again") from None
+    if version != "v1.2" or int(count) != len(table) or any(row[0] != "jpg" for row in rows):
+        raise DataError(f"{path}: not an index of this project; convert the set again")
+    return table
+
+
+def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the array in an .npy file, which must have this type and shape.
+
+    Raises:
+        DataError: it has not.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise DataError(f"{path}: not readable as an array; convert the set again") from None
+    if array.dtype != dtype or array.shape != shape:
+        raise DataError(
+            f"{path}: {array.dtype} {list(array.shape)} where {dtype} {list(shape)} is expected; "
+            "convert the set again"
+        )
+    return array
+
+
+def _read_json(root: Path) -> dict[str, Any]:
+    path = root / MANIFEST
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; make one with `make shards OUT={root} ...`")
+    if (root / ".work").is_dir() and not path.is_file():
+        raise DataError(
+            f"{root}: its conversion is not finished; repeat the command that began it to continue"
+        )
+    if not path.is_file():
+        raise DataError(f"{root}: no {MANIFEST}, so not a shard set; make one with `make shards`")
+    try:
+        data = json.loads(path.read_text())
+        known = data["format"]
+        keys = ("num_images", "formats", "classes", "source", "options", "versions", "files")
+        missing = [key for key in (*keys, "num_quarantined") if key not in data]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise DataError(f"{path}: not readable as a manifest; convert the set again") from None
+    if known != FORMAT:
+        raise DataError(f"{path}: format {known!r} where this code reads {FORMAT!r}; convert again")
+    if missing:
+        raise DataError(f"{path}: lacks {', '.join(missing)}; convert the set again")
+    return data
+
+
+def _reopen(root: Path) -> RecordReader:
+    return RecordReader(Manifest.load(root))
