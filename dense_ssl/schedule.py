@@ -4,7 +4,7 @@ In YAML a schedule is a plain number, or a mapping: `{start: 0.3, end: 0, shape:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -26,6 +26,10 @@ class Step:
     def epoch(self) -> float:
         """Epochs taken so far, with the fraction."""
         return self.index / self.steps_per_epoch
+
+    def at_micro(self, micro: int) -> "Step":
+        """Return the same step at another of its micro-batches."""
+        return replace(self, micro=micro)
 
 
 class Schedule(Config):

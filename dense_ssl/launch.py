@@ -1,0 +1,46 @@
+"""Several ranks on this machine by torchrun's own agent, with exit codes a scheduler can use.
+
+torchrun's command exits with 1 whatever its ranks say; here the first rank's code is passed on, so that
+75 (stopped by a signal, everything saved) and 2 (wrong input) arrive. On several machines call torchrun
+itself: `torchrun --nnodes=2 --nproc-per-node=8 --rdzv-... -m dense_ssl.pretrain ...`.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+STOPPED = 75
+
+
+def launch_ranks(ranks: int, argv: list[str]) -> int:
+    """Run `python -m dense_ssl.pretrain ARGV` on `ranks` ranks; return the exit code for all."""
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    root = Path(__file__).resolve().parent.parent
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    command = [sys.executable, "-m", "dense_ssl.pretrain", *argv]
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        return next((code for code in (2, STOPPED) if code in codes), 1)
+    except SignalException:
+        # The agent has passed the signal on and waited for the ranks, which save before they exit.
+        return STOPPED
+    return 0

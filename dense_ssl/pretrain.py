@@ -1,0 +1,480 @@
+"""Pre-training: the run's configuration, the entry point, and the loop, top to bottom.
+
+    python -m dense_ssl.pretrain densecl data.path=shards/coco run.dir=runs/a --gpus 8
+    python -m dense_ssl.pretrain runs/a/config.yaml           # repeats or resumes the run
+
+Exit codes: 0 done, 2 the user's input is wrong, 75 stopped by a signal with everything saved.
+"""
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import inspect
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dataprep.manifest import DataError
+from dense_ssl import checkpoint
+from dense_ssl.augment import POLICIES, Photometry
+from dense_ssl.config import Config, UserError, dump, load
+from dense_ssl.distributed import Agreement, World, close_world, init_world, mean_over_ranks
+from dense_ssl.fingerprint import weights_sha256
+from dense_ssl.launch import launch_ranks
+from dense_ssl.loaders import DataConfig, ImageSource, Loader, make_loader, open_source
+from dense_ssl.loaders.order import Order
+from dense_ssl.loaders.prefetch import Prefetcher
+from dense_ssl.log import Meter, RunLog, StepClock, logger, peak_memory_gb, setup_logging
+from dense_ssl.methods import AnyMethodConfig, Method, Step, make_method
+from dense_ssl.optim import OptimConfig, apply_schedules, clip_gradients, freeze, make_optimizer
+from dense_ssl.rng import key_of
+
+DONE, WRONG_INPUT, STOPPED = 0, 2, 75  # 75: EX_TEMPFAIL, "try again", which schedulers requeue on
+_STEP_NOISE = 0x57  # stream of torch's own generator (drop path, dropout)
+
+
+class TrainConfig(Config):
+    """How long, how many images at a time, and in which precision. Changes results."""
+
+    epochs: Annotated[float, Field(gt=0)] = 800  # the horizon of every schedule
+    steps: Annotated[int, Field(ge=1)] | None = None  # stop earlier; schedules keep their horizon
+    batch_size: Annotated[int, Field(ge=1)] = 256  # global: all ranks, all micro-batches
+    accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per step on each rank
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    seed: int = 0
+
+
+class RunSection(Config):
+    """Where and how it runs. Changes results by rounding at most."""
+
+    dir: str
+    device: str = "auto"
+    compile: bool = False  # torch.compile the backbone
+    checkpoint_gradients: bool = False  # recompute activations: less memory, more time
+    grad_compression: Literal["none", "bf16"] = (
+        "none"  # all-reduce in bf16, for cards without NVLink
+    )
+    deterministic: bool = False  # CUDA: bitwise repeatable algorithms, slower
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] = 1000
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    keep_every_steps: Annotated[int, Field(ge=1)] | None = None
+    log_every_steps: Annotated[int, Field(ge=1)] = 10
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+
+
+class RunConfig(Config):
+    """One run."""
+
+    method: AnyMethodConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    run: RunSection
+
+
+def main(argv: list[str]) -> int:
+    """Parse the command line and train; return the process's exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dense_ssl.pretrain", description="Pre-train a method, or resume its run."
+    )
+    parser.add_argument("recipe", help="a name in configs/ (densecl, demo/moco) or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=0.1")
+    parser.add_argument("--gpus", type=int, default=1, help="ranks on this machine (default 1)")
+    args = parser.parse_intermixed_args(argv)
+    setup_logging(int(os.environ.get("RANK", "0")))
+    try:
+        config = load(RunConfig, recipe_path(args.recipe), args.overrides)
+        if args.gpus > 1 and "RANK" not in os.environ:
+            return launch_ranks(args.gpus, [args.recipe, *args.overrides])
+        return train(config)
+    except (UserError, DataError) as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            where = error.filename or "the run's folder"
+            return _refuse(f"{where}: {error.strerror}; free space or choose another run.dir")
+        raise
+
+
+def recipe_path(name: str) -> Path:
+    """Return the YAML file of a recipe name or path.
+
+    Raises:
+        UserError: neither exists.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    folder = Path(__file__).resolve().parent.parent / "configs"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+        raise UserError(f"METHOD={name}: no such recipe in configs/; there are {', '.join(known)}")
+    return path
+
+
+def train(config: RunConfig) -> int:
+    """Run the recipe on this rank until it is done or told to stop; return the exit code."""
+    # --- ranks ---------------------------------------------------------------------------------
+    world = init_world(config.run.device)
+    try:
+        with StopRequest() as stop:
+            return _train(config, world, stop)
+    finally:
+        close_world(world)
+
+
+def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
+    train_cfg, run_cfg = config.train, config.run
+    folder = Path(run_cfg.dir)
+    lock = _claim(folder, config) if world.rank == 0 else None
+
+    # --- data: source, order, plan and loader ----------------------------------------------------
+    source = open_source(config.data)
+    order = Order(
+        num_images=len(source.sizes),
+        batch_size=train_cfg.batch_size,
+        world_size=world.size,
+        rank=world.rank,
+        accumulate=train_cfg.accumulate,
+        seed=train_cfg.seed,
+    )
+    views = config.method.views
+    total_steps = int(train_cfg.epochs * order.steps_per_epoch)
+    last_step = min(total_steps, train_cfg.steps or total_steps)
+    if last_step == 0:
+        raise UserError(
+            f"train.epochs: {train_cfg.epochs} of {order.steps_per_epoch} steps an epoch is no step at all"
+        )
+
+    # --- method and optimiser ----------------------------------------------------------------------
+    _seed_everything(train_cfg.seed, run_cfg.deterministic)
+    method = make_method(config.method).to(world.device, memory_format=torch.channels_last)
+    _check_photometry(method, config)
+    photometry = Photometry(views, seed=train_cfg.seed).to(world.device)
+    optimizer = make_optimizer(method.param_groups(), config.optim)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=train_cfg.precision == "fp16")
+    meter = Meter()
+
+    # --- resume ------------------------------------------------------------------------------------
+    fingerprint = _fingerprint(source)
+    saved = checkpoint.load_newest(folder / "checkpoints")
+    done = 0
+    if saved is not None:
+        _check_same_run(saved, config, fingerprint)
+        done = int(saved["step"])
+        method.load_state_dict(saved["method"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        meter.load_state_dict(saved["meter"], world.device)
+        del saved
+    if world.rank == 0 and not (folder / "config.yaml").exists():
+        checkpoint.write_atomically(folder / "config.yaml", dump(config).encode())
+
+    trained: nn.Module = _prepare_for_ranks(method, world, run_cfg)
+    log = None
+    if world.rank == 0:
+        _announce(config, method, order, world, done, last_step)
+        log = RunLog(
+            folder, done, last_step, run_cfg.log, name=f"{config.method.name}-{folder.name}"
+        )
+
+    def save(step: int) -> None:
+        if world.rank == 0:
+            payload = {
+                "step": step,
+                "epoch": step / order.steps_per_epoch,
+                "config": config.model_dump(mode="json"),
+                "data": fingerprint,
+                "method": method.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "meter": meter.state_dict(),
+            }
+            checkpoint.save(
+                folder / "checkpoints", payload, run_cfg.keep_checkpoints, run_cfg.keep_every_steps
+            )
+
+    # --- loop --------------------------------------------------------------------------------------
+    loader = make_loader(config.data, views, order, world.device)
+    agreement = Agreement(world)
+    clock = StepClock()
+    saved_at = done
+    stopping = False
+    try:
+        for epoch, batches in _epochs(loader, order, world, done, last_step):
+            while done < last_step and done // order.steps_per_epoch == epoch and not stopping:
+                step = Step(done, order.steps_per_epoch, train_cfg.epochs, train_cfg.seed)
+                torch.manual_seed(int(key_of(train_cfg.seed, _STEP_NOISE, done, world.rank) >> 1))
+                carries = []
+                for micro in range(train_cfg.accumulate):
+                    waiting = time.perf_counter()
+                    batch = next(batches)
+                    clock.waited(time.perf_counter() - waiting)
+                    batch = photometry(batch, epoch)
+                    with _no_sync_before_last(trained, micro, train_cfg.accumulate):
+                        with _autocast(world.device, train_cfg.precision):
+                            output = trained(batch, step.at_micro(micro))
+                        scaler.scale(output.loss / train_cfg.accumulate).backward()
+                    carries.append(output.carry)
+                    meter.add(
+                        {"loss": output.loss, **{f"loss_{k}": v for k, v in output.logs.items()}}
+                    )
+                values = apply_schedules(optimizer, config.optim, step, train_cfg.batch_size)
+                scaler.unscale_(optimizer)
+                freeze(optimizer, step)
+                clip_gradients(optimizer, config.optim.clip)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                method.after_step(carries, step)
+                done += 1
+                clock.seen(train_cfg.batch_size)
+
+                if done % run_cfg.log_every_steps == 0 or done == last_step:
+                    means = _read_means(meter, done)
+                    images_per_s, data_wait, elapsed = clock.read()
+                    if log is not None:
+                        log.write(
+                            {
+                                "step": done,
+                                "epoch": done / order.steps_per_epoch,
+                                **means,
+                                **values,
+                                "images_per_s": images_per_s,
+                                "data_wait": data_wait,
+                                "replaced": len(loader.replaced),
+                                **peak_memory_gb(world.device),
+                                "eta_s": (last_step - done) * train_cfg.batch_size / images_per_s,
+                            }
+                        )
+                stopping = agreement.ask(stop.requested)
+                if done % run_cfg.checkpoint_every_steps == 0 or stopping or done == last_step:
+                    save(done)
+                    saved_at = done
+            if stopping:
+                break
+    finally:
+        agreement.settle()
+        loader.close()
+        if log is not None:
+            log.close()
+
+    # --- close -------------------------------------------------------------------------------------
+    if done < last_step:
+        logger.info("stopped at step %d, everything saved; the same command resumes", saved_at)
+        return STOPPED
+    if world.rank == 0:
+        sys.stdout.write(f"weights sha256: {weights_sha256(method.state_dict())}\n")
+        sys.stdout.flush()
+    if lock is not None:
+        lock.close()
+    return DONE
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a flag; a second Ctrl-C ends the process at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {which: signal.signal(which, self._note) for which in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not self.requested:
+            logger.info("\n%s: finishing this step, then saving", name)
+        elif number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.requested = True
+
+
+def _epochs(
+    loader: Loader, order: Order, world: World, done: int, last_step: int
+) -> Iterator[tuple[int, Iterator[Any]]]:
+    """Yield each epoch that is left with its batches on the device, the first from where it stopped."""
+    for epoch in range(done // order.steps_per_epoch, -(-last_step // order.steps_per_epoch)):
+        start = max(done - epoch * order.steps_per_epoch, 0)
+        with Prefetcher(loader.epoch(epoch, start), world.device) as batches:
+            yield epoch, iter(batches)
+
+
+def _prepare_for_ranks(method: Method, world: World, run_cfg: RunSection) -> nn.Module:
+    """Return the method ready to be called: compiled, checkpointed and wrapped as asked for."""
+    if run_cfg.checkpoint_gradients:
+        method.student["backbone"].checkpoint_gradients()  # pyright: ignore
+    if run_cfg.compile:
+        method.student["backbone"].compile_encoder()  # pyright: ignore
+        method.teacher["backbone"].compile_encoder()  # pyright: ignore
+    if world.size == 1:
+        return method
+    # Queues and centres are built from gathered values and BatchNorm is local: nothing to broadcast.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    no_broadcast = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )
+    ddp = DistributedDataParallel(method, **{no_broadcast: False}, gradient_as_bucket_view=True)
+    if run_cfg.grad_compression == "bf16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        ddp.register_comm_hook(None, bf16_compress_hook)
+    return ddp
+
+
+def _no_sync_before_last(trained: nn.Module, micro: int, accumulate: int) -> Any:
+    if isinstance(trained, DistributedDataParallel) and micro < accumulate - 1:
+        return trained.no_sync()
+    return contextlib.nullcontext()
+
+
+def _autocast(device: torch.device, precision: str) -> Any:
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def _seed_everything(seed: int, deterministic: bool) -> None:
+    """Initialise all ranks alike; what is random later is keyed by step, rank or image."""
+    torch.manual_seed(int(key_of(seed) >> 1))
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _check_photometry(method: Method, config: RunConfig) -> None:
+    """Refuse policies that move pixels where the method computes with boxes."""
+    for view in config.method.views:
+        names = (view.photometric,) if isinstance(view.photometric, str) else view.photometric
+        for name in names:
+            if method.uses_boxes and name in POLICIES and POLICIES[name].moves_pixels:
+                raise UserError(
+                    f"method.views: {view.name} uses {name}, which moves pixels, but "
+                    f"{config.method.name} computes with crop boxes; take a photometric-only policy"
+                )
+
+
+def _read_means(meter: Meter, step: int) -> dict[str, float]:
+    """Return the logged means over ranks as floats; the one place where a step reads the device.
+
+    Raises:
+        UserError: the loss is not finite; nothing has been saved since it was.
+    """
+    means = {name: float(mean_over_ranks(value)) for name, value in meter.means().items()}
+    if not all(abs(value) < float("inf") for value in means.values()):
+        raise UserError(
+            f"the loss is {means['loss']} at step {step}: training diverged. The checkpoints before it "
+            "are intact; lower optim.lr, or train.precision=fp32"
+        )
+    return means
+
+
+def _claim(folder: Path, config: RunConfig) -> Any:
+    """Make the run's folder and hold it against a second process; the lock dies with this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"run.dir: another process is training in {config.run.dir}; wait, or take another RUN"
+        ) from None
+    return lock
+
+
+def _fingerprint(source: ImageSource) -> dict[str, Any]:
+    """Return what tells one data set from another, wherever it lies."""
+    digest = hashlib.sha256(source.sizes.tobytes()).hexdigest()
+    return {"images": len(source.sizes), "sizes_sha256": digest}
+
+
+MAY_CHANGE = ("run.", "train.steps", "data.path", "data.workers")
+"""Keys that a resumed run may set anew: they change results by rounding at most, or not at all."""
+
+
+def _check_same_run(
+    saved: Mapping[str, Any], config: RunConfig, fingerprint: dict[str, Any]
+) -> None:
+    """Refuse to continue a run with another recipe or other data."""
+    before, now = _flatten(saved["config"]), _flatten(config.model_dump(mode="json"))
+    changed = [
+        f"{key} ({before.get(key)} there, {now.get(key)} now)"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{config.run.dir} holds a run with other settings: {'; '.join(changed[:4])}"
+            f"{' and more' if len(changed) > 4 else ''}. Repeat them to resume, or take another RUN"
+        )
+    if saved["data"] != fingerprint:
+        raise UserError(
+            f"{config.run.dir} was trained on {saved['data']['images']} images, and {config.data.path} "
+            f"holds {fingerprint['images']} others; give the same data, or take another RUN"
+        )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        items = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(i), v) for i, v in enumerate(value)]
+    else:
+        return {prefix.removesuffix("."): value}
+    flat: dict[str, Any] = {}
+    for key, child in items:
+        flat |= _flatten(child, f"{prefix}{key}.")
+    return flat
+
+
+def _announce(
+    config: RunConfig, method: Method, order: Order, world: World, done: int, last_step: int
+) -> None:
+    millions = sum(p.numel() for p in method.student.parameters()) / 1e6
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    per_rank = config.train.batch_size // world.size // config.train.accumulate
+    logger.info(
+        "%s  %s, %.1f M parameters  %s x %d, batch %d = %d rank(s) x %d accumulated x %d, %s",
+        config.method.name, config.method.backbone.name, millions, device, world.size,
+        config.train.batch_size, world.size, config.train.accumulate, per_rank, config.train.precision,
+    )  # fmt: skip
+    logger.info(
+        "%s  %d images by %s, %d steps an epoch, %d steps in all  -> %s",
+        config.data.path, order.num_images, config.data.loader, order.steps_per_epoch, last_step,
+        config.run.dir,
+    )  # fmt: skip
+    if done:
+        share = f"{100 * done / last_step:.0f} %"
+        logger.info("resuming at step %d of %d (%s)", done, last_step, share)
+
+
+def _refuse(message: str) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}error: {message}\n")
+    return WRONG_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
