@@ -1,0 +1,59 @@
+# One command per line, each a thing a person could type. Run `make` for the list.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+FORMAT ?= both
+METHOD ?= densecl
+SIZE   ?= 256
+QUALITY ?= 90
+TASKS  ?= knn,segment
+TO     ?= timm
+SRC    ?=
+SPLIT  ?=
+RUN    ?=
+GPUS   ?=
+KIND   ?= crops
+SEED   ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup shards verify pretrain eval export visualise report bench-data test lint
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  README.md has the two commands to start with; docs/ the rest."
+
+setup: ## the environment, once: venv, pinned packages, FFCV's libraries   [SETUP=minimal PYTHON=python3.12]
+	@$(PYTHON) dense_ssl/install.py --venv $(VENV) $(if $(filter minimal,$(SETUP)),--minimal)
+
+shards: setup ## convert images to FFCV / DALI shards   DATASET=coco|imagenet|folder|scenes SRC= OUT= [SPLIT= FORMAT=ffcv|dali|both SIZE=256 QUALITY=90 WORKERS= ARGS=]
+	@$(PY) -m dataprep $(DATASET) $(if $(SRC),--src "$(SRC)") $(if $(SPLIT),--split $(SPLIT)) --out "$(OUT)" --format $(FORMAT) --size $(SIZE) --quality $(QUALITY) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
+
+verify: setup ## re-check a shard set against its manifest   DATA=shards/coco
+	@$(PY) -m dataprep verify "$(DATA)" $(ARGS)
+
+pretrain: setup ## pre-train, or resume the same RUN   METHOD=densecl [DATA= RUN= GPUS= ARGS="optim.lr=0.3 train.epochs=800"]
+	@$(PY) -m dense_ssl.start $(METHOD) $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
+
+eval: setup ## evaluate a run, a checkpoint or timm:NAME   RUN=runs/a DATA= [TASKS=knn,segment ARGS=]
+	@$(PY) -m dense_ssl.evaluation $(TASKS) --checkpoint "$(RUN)" --data "$(DATA)" $(ARGS)
+
+export: setup ## backbone weights for other libraries   RUN=runs/a [TO=timm,torchvision,detectron2,official OUT=]
+	@$(PY) -m dense_ssl.export --run "$(RUN)" --to $(TO) $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+visualise: setup ## a picture of what the run sees   RUN=runs/a [KIND=crops|correspondence OUT=]
+	@$(PY) -m dense_ssl.visualise --run "$(RUN)" --kind $(KIND) $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+report: setup ## one self-contained HTML page about a run   RUN=runs/a
+	@$(PY) -m dense_ssl.report "$(RUN)"
+
+bench-data: setup ## images/s of every loader beside the peers' way   DATA=shards/coco [ARGS=]
+	@$(PY) -m dense_ssl.bench_data --data "$(DATA)" $(ARGS)
+
+lint: setup ## style, types, import rules, spelling
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/pyright
+	@$(VENV)/bin/lint-imports --no-cache
+	@$(VENV)/bin/codespell dataprep dense_ssl kernels configs tests docs README.md Makefile
+
+test: lint ## lint, types, import rules, all tests
+	@$(PY) -m pytest -q $(ARGS)
