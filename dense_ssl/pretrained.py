@@ -1,0 +1,218 @@
+"""Pre-trained weights from anywhere, as a backbone: a run, a file, timm, or random ones to compare with.
+
+| spec                        | backbone                                                                 |
+|-----------------------------|--------------------------------------------------------------------------|
+| runs/a                      | of the run's `checkpoints/last.pt`, the network its method exports       |
+| FILE                        | a checkpoint of ours, official MoCo / OpenSelfSup / DenseCL / MaskContrast, torchvision, detectron2; .pt .pth .pth.tar .safetensors .pkl |
+| FILE?arch=NAME              | the same, where NAME (timm's) cannot be read from the tensors: ViTs      |
+| timm:NAME                   | timm's published weights                                                 |
+| random:NAME, random:runs/a  | the same network at random initialisation                                |
+
+No code from a file is ever run: pickles are read with allow-lists of plain data types.
+"""  # noqa: E501  (a table row cannot wrap)
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PosixPath
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dense_ssl import plain_pickle
+from dense_ssl.backbones import Backbone, BackboneConfig, make_backbone
+from dense_ssl.config import UserError, validate
+from dense_ssl.fingerprint import weights_sha256
+from dense_ssl.layouts import FORMAT, Part, extract_backbone, listed, resnet_of
+from dense_ssl.methods import METHODS
+
+_HARMLESS = [  # plain data that official checkpoints hold beside tensors
+    argparse.Namespace,
+    PosixPath,
+    *((stand_in, name) for name, stand_in in plain_pickle.NUMBERS.items()),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A backbone ready for evaluation: in eval mode, on the CPU."""
+
+    backbone: Backbone
+    name: str  # the spec, as given
+    sha256: str  # of the trunk's weights
+    config: BackboneConfig
+
+
+def load_backbone(
+    spec: str, seed: int = 0, which: Literal["auto", "student", "teacher"] = "auto"
+) -> Loaded:
+    """Return the backbone that `spec` names (see the table above).
+
+    `which` chooses between the networks of a checkpoint of ours; `auto` is what its method exports.
+    `seed` is of random initialisation and touches nothing outside.
+
+    Raises:
+        UserError: there is no such file, run or model, it cannot be read, or its tensors do not fit.
+    """
+    kind, separator, name = spec.partition(":")
+    if separator and kind == "random":
+        config = _config_named(name)
+        trunk = None
+    elif separator and kind == "timm":
+        config = BackboneConfig(name=name)
+        make_backbone(config)  # refuses unknown names before anything is fetched
+        trunk = _published(name)
+    else:
+        text, _, arch = spec.partition("?arch=")
+        path = checkpoint_file(Path(text))
+        checkpoint = read_checkpoint(path)
+        try:
+            trunk = extract_backbone(checkpoint, exported_part(checkpoint, which))
+            config = backbone_config(checkpoint, trunk, arch)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = make_backbone(config)
+    if trunk is not None:
+        load_trunk(backbone, trunk, spec)
+    return Loaded(backbone.eval(), spec, weights_sha256(backbone.trunk.state_dict()), config)
+
+
+def checkpoint_file(path: Path) -> Path:
+    """Return the checkpoint file of a run folder, or `path` itself where it is a file."""
+    if path.is_dir():
+        last = path / "checkpoints" / "last.pt"
+        if not last.is_file():
+            raise UserError(
+                f"{path}: no checkpoints/last.pt in it; is it a run folder, and did it save?"
+            )
+        return last
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file or run folder")
+    return path
+
+
+def exported_part(
+    checkpoint: Mapping[str, Any], which: Literal["auto", "student", "teacher"]
+) -> Part:
+    """Return which network of a checkpoint to take: the one asked for, or what its method exports."""
+    if which != "auto":
+        return which
+    if checkpoint.get("format") != FORMAT:
+        return "student"
+    name = method_name(checkpoint)
+    if name not in METHODS:
+        raise UserError(f"of method {name!r}, which is none of {', '.join(METHODS)}")
+    return METHODS[name].exports
+
+
+def method_name(checkpoint: Mapping[str, Any]) -> str:
+    """Return the name of the method that a checkpoint of ours is of."""
+    return str(checkpoint["config"]["method"]["name"])
+
+
+def backbone_config(
+    checkpoint: Mapping[str, Any], trunk: Mapping[str, Tensor], arch: str = ""
+) -> BackboneConfig:
+    """Return the configuration of the network whose trunk this is: stored, named, or from shapes."""
+    if arch:
+        return BackboneConfig(name=arch)
+    if checkpoint.get("format") == FORMAT:
+        return validate(
+            BackboneConfig, checkpoint["config"]["method"]["backbone"], "method.backbone"
+        )
+    if "conv1.weight" not in trunk:
+        raise UserError(
+            "a ViT's tensors do not tell its name; write FILE?arch=NAME with timm's name"
+        )
+    return BackboneConfig(name=resnet_of(trunk))
+
+
+def load_trunk(backbone: Backbone, trunk: Mapping[str, Tensor], origin: str) -> None:
+    """Load every tensor of a trunk into `backbone`, or none.
+
+    Raises:
+        UserError: a tensor is missing, left over, or of another shape; the message counts them.
+    """
+    expected = backbone.trunk.state_dict()
+    missing = [name for name in expected if name not in trunk]
+    strange = [name for name in trunk if name not in expected]
+    other = [n for n in expected if n in trunk and trunk[n].shape != expected[n].shape]
+    if missing or strange or other:
+        raise UserError(
+            f"{origin}: {len(expected) - len(missing) - len(other)} of {len(expected)} tensors of "
+            f"{backbone.config.name} fit: {len(missing)} missing ({listed(missing)}), {len(strange)} "
+            f"unknown ({listed(strange)}), {len(other)} of another shape ({listed(other)})"
+        )
+    backbone.trunk.load_state_dict(trunk)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the dictionary stored in a .pt, .pth, .pth.tar, .safetensors or detectron2 .pkl file.
+
+    Raises:
+        UserError: the file is missing, damaged, no dictionary, or would need code to be run.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        elif path.suffix == ".pkl":
+            content = plain_pickle.read(path)
+        else:
+            with torch.serialization.safe_globals(_HARMLESS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged, or no safetensors file: {error}") from None
+    except Exception as error:  # a damaged pickle can raise anything at all
+        raise UserError(f"{path}: {_reason(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary by name")
+    if str(content.get("format", FORMAT)) != FORMAT:
+        raise UserError(f"{path}: has format {content['format']!r}; this version reads {FORMAT}")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """Return why a pickle could not be read, in words for its owner."""
+    refused = re.search(r"GLOBAL ([\w.]+) was not an", str(error))
+    if refused:
+        return (
+            f"holds a Python object of {refused[1]}, and code from a checkpoint is never run; "
+            "save its tensors again as a plain dictionary"
+        )
+    return f"damaged, or no checkpoint ({type(error).__name__})"
+
+
+def _config_named(name: str) -> BackboneConfig:
+    """Return the backbone configuration of a run, of a checkpoint file, or of a timm model's name."""
+    path = Path(name)
+    if not path.exists():
+        return BackboneConfig(name=name)
+    path = checkpoint_file(path)
+    checkpoint = read_checkpoint(path)
+    try:
+        trunk = extract_backbone(checkpoint)
+        return backbone_config(checkpoint, trunk)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _published(name: str) -> dict[str, Tensor]:
+    """Return the weights that timm publishes under a model's name."""
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # whatever the hub's client raises without a network
+        raise UserError(
+            f"timm:{name}: its weights could not be fetched ({type(error).__name__}); they need a "
+            "network, or timm's cache filled on a machine that has one"
+        ) from None
