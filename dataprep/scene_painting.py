@@ -305,6 +305,7 @@ def _lit(
     nx, ny, nz = normal
     diffuse = np.maximum(nx * light.x + ny * light.y + nz * light.z, 0)
     strength = light.ambient * (0.75 - 0.25 * ny) + (1.15 - light.ambient) * diffuse
+    strength *= rng.uniform(1.0, 1.9)  # as bright as the backdrop as often as not
     half = math.hypot(light.x, light.y, light.z + 1)
     towards = np.maximum((nx * light.x + ny * light.y + nz * (light.z + 1)) / half, 0)
     gloss = rng.uniform(0, 0.6) * towards ** rng.uniform(8, 50)

@@ -252,7 +252,14 @@ def _beast(u: Field, v: Field, rng: np.random.Generator) -> Surface:
     top = 0.9 - leg - girth
     head_u, head_v = 0.62 + 0.12 * neck, top - girth * 0.3 - neck
     legs = [
-        Blob(at + swing * 0.15, top + girth + leg * 0.45, leg * 0.6, 0.085, np.pi / 2 - swing, lift)
+        Blob(
+            at + swing * 0.15,
+            top + girth * 0.5 + leg * 0.5,
+            leg * 0.75,
+            0.085,
+            np.pi / 2 - swing,
+            lift,
+        )
         for at, swing, lift in zip(
             (-0.46, -0.32, 0.3, 0.44),
             rng.uniform(-0.3, 0.3, 4).tolist(),
