@@ -1,0 +1,32 @@
+"""Shared ground of all tests: seeds, threads, where real images may lie, and a few small batches."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """The folder of real image sets beside the project, or a skip that says so."""
+    where = Path(os.environ.get("DENSE_SSL_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not (where / "README.md").is_file():
+        pytest.skip(f"no real images at {where} (set DENSE_SSL_TEST_DATA)")
+    return where
