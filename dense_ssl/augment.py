@@ -37,7 +37,7 @@ __all__ = ["MEAN", "POLICIES", "STD", "Photometry"]
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as every published backbone expects
 STD = (0.229, 0.224, 0.225)
 
-PHOTOMETRY = int.from_bytes(b"colours", "big")  # this module's branch below the seed of a run
+STREAM = int.from_bytes(b"colours", "big")  # this module's branch of the random numbers of a seed
 
 _NUMBERS = 9  # uniform numbers per operation and crop: whether, and up to eight parameters
 
@@ -79,7 +79,7 @@ class Photometry(nn.Module):
         than the batch belongs to the last rows of the index.
         """
         assert batch.index.device.type == "cpu", "the index keys draws on the host"
-        keys = fold_np(np.asarray(key_of(self.seed, PHOTOMETRY, epoch)), batch.index.numpy())
+        keys = fold_np(key_of(self.seed, STREAM, epoch), batch.index.numpy())
         views: dict[str, Crops] = {}
         position = 0
         for name, crops in batch.views.items():

@@ -85,30 +85,19 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def policy(name: str) -> Policy:
-    """Return the policy of that name.
-
-    Raises:
-        UserError: there is none; the message has the nearest name.
-    """
-    if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, n=1, cutoff=0)[0]
-        known = ", ".join(POLICIES)
-        raise UserError(f"photometric: no policy {name!r}; did you mean {near}? (known: {known})")
-    return POLICIES[name]
-
-
 def view_policies(view: ViewSpec) -> tuple[Policy, ...]:
     """Return one policy per crop of a view.
 
     Raises:
-        UserError: a name is unknown, or there is neither one name nor one per crop.
+        UserError: there is no policy of that name; the message has the nearest one.
     """
     names = view.photometric
     names = (names,) * view.count if isinstance(names, str) else names
-    if len(names) != view.count:
-        raise UserError(
-            f"view {view.name!r}: {len(names)} photometric policies for {view.count} crops; "
-            "give one, or one per crop"
-        )
-    return tuple(policy(name) for name in names)
+    for name in names:
+        if name not in POLICIES:
+            near = difflib.get_close_matches(name, POLICIES, n=1, cutoff=0)[0]
+            raise UserError(
+                f"view {view.name!r}: no photometric policy {name!r}; did you mean {near}? "
+                f"(known: {', '.join(POLICIES)})"
+            )
+    return tuple(POLICIES[name] for name in names)

@@ -49,7 +49,7 @@ def mix_np(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def fold_np(key: np.ndarray, value: np.ndarray | int) -> np.ndarray:
+def fold_np(key: np.ndarray | np.uint64, value: np.ndarray | int) -> np.ndarray:
     """Return `fold` for arrays of keys and values (broadcast)."""
     child = np.asarray(value).astype(np.int64).astype(np.uint64)
     return mix_np(np.asarray(key, dtype=np.uint64) ^ mix_np(child))
