@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dense_ssl.checkpoint import FORMAT
 from dense_ssl.config import UserError
 
-FORMAT = "dense_ssl/1"  # of this project's own checkpoints
 Part = Literal["student", "teacher"]
 
 # In order of preference: DenseCL's files hold the trunk twice, and `encoder_q.0` is the original.

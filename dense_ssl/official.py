@@ -53,6 +53,7 @@ _OPENSELFSUP_MOCO = _Layout(
     alias=True,
 )
 _WRITTEN = {"moco": _MOCO, "densecl": _DENSECL}
+OFFICIAL_METHODS = tuple(_WRITTEN)  # what `to_official` can write
 
 
 def to_official(method_name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from dense_ssl import plain_pickle
 from dense_ssl.backbones import Backbone, BackboneConfig, make_backbone
+from dense_ssl.checkpoint import FORMAT
 from dense_ssl.config import UserError, validate
 from dense_ssl.fingerprint import weights_sha256
-from dense_ssl.layouts import FORMAT, Part, extract_backbone, listed, resnet_of
+from dense_ssl.layouts import Part, extract_backbone, listed, resnet_of
 from dense_ssl.methods import METHODS
 
 _HARMLESS = [  # plain data that official checkpoints hold beside tensors
@@ -184,7 +185,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """Return why a pickle could not be read, in words for its owner."""
-    refused = re.search(r"GLOBAL ([\w.]+) was not an", str(error))
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
         return (
             f"holds a Python object of {refused[1]}, and code from a checkpoint is never run; "
@@ -210,9 +211,14 @@ def _config_named(name: str) -> BackboneConfig:
 def _published(name: str) -> dict[str, Tensor]:
     """Return the weights that timm publishes under a model's name."""
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        return _fetch(name)
     except Exception as error:  # whatever the hub's client raises without a network
         raise UserError(
             f"timm:{name}: its weights could not be fetched ({type(error).__name__}); they need a "
             "network, or timm's cache filled on a machine that has one"
         ) from None
+
+
+def _fetch(name: str) -> dict[str, Tensor]:
+    """Return timm's published trunk, from its cache or the network."""
+    return timm.create_model(name, pretrained=True, num_classes=0).state_dict()

@@ -1,0 +1,310 @@
+"""Backbone weights for other libraries, each file checked by loading it there before it gets its name.
+
+    python -m dense_ssl.export --run runs/a --to timm,torchvision,detectron2
+
+| TO          | files                                  | read by                                          |
+|-------------|----------------------------------------|--------------------------------------------------|
+| timm        | backbone_timm.pth, .safetensors        | `timm.create_model(NAME, num_classes=0)`, strict |
+| torchvision | backbone_torchvision.pth, .safetensors | `torchvision.models`, only `fc` missing          |
+| safetensors | backbone_timm.safetensors              | as timm                                          |
+| detectron2  | backbone_detectron2.pkl                | `MODEL.WEIGHTS`; STRIDE_IN_1X1 False, RGB        |
+| official    | official_{moco.pth.tar,densecl.pth}    | the authors' code: encoders and queues           |
+| all         | each of these that the network has     |                                                  |
+
+The check compares feature maps of one fixed input bit for bit. A .json beside each says what it holds.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dense_ssl import plain_pickle
+from dense_ssl.backbones import Backbone, BackboneConfig, make_backbone
+from dense_ssl.checkpoint import FORMAT, file_sha256, write_atomically
+from dense_ssl.config import UserError
+from dense_ssl.fingerprint import weights_sha256
+from dense_ssl.layouts import extract_backbone, listed, to_detectron2
+from dense_ssl.official import OFFICIAL_METHODS, from_official, to_official
+from dense_ssl.pretrained import (
+    Loaded,
+    checkpoint_file,
+    exported_part,
+    load_backbone,
+    method_name,
+    read_checkpoint,
+)
+
+TARGETS = ("timm", "torchvision", "safetensors", "detectron2", "official")
+_IN_TORCHVISION = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "wide_resnet50_2", "wide_resnet101_2", "resnext50_32x4d",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """One written and checked file."""
+
+    path: Path
+    check: str  # what was compared with what, in one line
+    max_abs_diff: float  # of the feature maps; 0.0, or the file would not exist
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is exported."""
+
+    loaded: Loaded
+    checkpoint: Mapping[str, Any]
+    part: str  # student or teacher
+
+    @property
+    def trunk(self) -> dict[str, Tensor]:
+        """The trunk's tensors, plain and contiguous."""
+        state = self.loaded.backbone.trunk.state_dict()
+        return {name: value.detach().contiguous() for name, value in state.items()}
+
+    @property
+    def arch(self) -> str:
+        """The name in timm, without its tag."""
+        return self.loaded.config.name.partition(".")[0]
+
+    @property
+    def side(self) -> int:
+        """Side of the input to compare on, in pixels: a plain ViT takes its own only."""
+        patches = getattr(self.loaded.backbone.trunk, "patch_embed", None)
+        return 224 if patches is None else int(patches.img_size[0])
+
+    @property
+    def method(self) -> str | None:
+        """The method of a checkpoint of ours."""
+        own = self.checkpoint.get("format") == FORMAT
+        return method_name(self.checkpoint) if own else None
+
+
+def export(spec: str, targets: Sequence[str], out: Path) -> list[Exported]:
+    """Write the backbone of a run or checkpoint for each target; return the checked files.
+
+    Raises:
+        UserError: `spec` cannot be read, a target does not fit the network, `out` cannot be written,
+            or a file does not give the same outputs when loaded back (it is then not kept).
+    """
+    path = checkpoint_file(Path(spec.partition("?arch=")[0]))
+    checkpoint = read_checkpoint(path)
+    source = Source(load_backbone(spec), checkpoint, exported_part(checkpoint, "auto"))
+    chosen = _chosen(targets, source)
+    expected = _features(_standard(source.loaded), source.side)
+    done: list[Exported] = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as aside:
+            for target in chosen:
+                for name, data, check in _files(target, source):
+                    draft = Path(aside) / name
+                    _write(draft, data)
+                    described, features = check(draft, source)
+                    diff = float((features - expected).abs().max())
+                    if diff != 0.0:
+                        raise UserError(
+                            f"{out / name}: not kept, {described} gives features that differ by {diff:.3g}"
+                        )
+                    draft.replace(out / name)
+                    done.append(Exported(out / name, described, diff))
+                    _describe(done[-1], spec, source)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    return done
+
+
+def _chosen(targets: Sequence[str], source: Source) -> list[str]:
+    """Return the targets to write; a target named on its own must fit, `all` takes those that do."""
+    unknown = [target for target in targets if target not in (*TARGETS, "all")]
+    if unknown or not targets:
+        raise UserError(f"TO={','.join(targets)}: choose from {', '.join(TARGETS)}, all")
+    if "all" in targets:
+        return [t for t in TARGETS if t != "safetensors" and _obstacle(t, source) is None]
+    for target in targets:
+        problem = _obstacle(target, source)
+        if problem:
+            raise UserError(f"TO={target}: {problem}")
+    covered = "safetensors" in targets and "timm" in targets
+    return [t for t in dict.fromkeys(targets) if not (covered and t == "safetensors")]
+
+
+def _obstacle(target: str, source: Source) -> str | None:
+    """Return why a target cannot be written for this network, or None."""
+    resnet = "conv1.weight" in source.trunk
+    if target == "torchvision" and source.arch not in _IN_TORCHVISION:
+        return f"torchvision has no {source.arch}; take timm"
+    if target in ("detectron2", "official") and not resnet:
+        return f"that layout holds ResNets only, and this is {source.arch}; take timm"
+    if target == "official" and source.method not in OFFICIAL_METHODS:
+        known = " and ".join(OFFICIAL_METHODS)
+        return f"only checkpoints of this project's {known} runs hold such a training state"
+    return None
+
+
+Check = Callable[[Path, Source], tuple[str, Tensor]]  # (file, source) -> what was checked, features
+
+
+def _files(target: str, source: Source) -> list[tuple[str, bytes, Check]]:
+    """Return (name, bytes, check) of each file of a target."""
+    if target == "detectron2":
+        data = plain_pickle.dumps(to_detectron2(source.trunk))
+        return [("backbone_detectron2.pkl", data, _check_detectron2)]
+    if target == "official":
+        return [_official_file(source)]
+    check = _check_torchvision if target == "torchvision" else _check_timm
+    name = "backbone_torchvision" if target == "torchvision" else "backbone_timm"
+    described = {"arch": source.arch, "weights_sha256": source.loaded.sha256}
+    pickled = (f"{name}.pth", _saved(source.trunk), check)
+    safe = (f"{name}.safetensors", save(source.trunk, metadata=described), check)
+    return [safe] if target == "safetensors" else [pickled, safe]
+
+
+def _official_file(source: Source) -> tuple[str, bytes, Check]:
+    """Return the training state as the authors' code saves it, without an optimiser."""
+    method = str(source.method)
+    state = to_official(method, source.checkpoint["method"])
+    epoch = int(source.checkpoint["epoch"])
+    if method == "moco":
+        content = {"epoch": epoch, "arch": source.arch, "state_dict": state}
+        return "official_moco.pth.tar", _saved(content), _check_official
+    meta = {"epoch": epoch, "iter": int(source.checkpoint["step"])}
+    return "official_densecl.pth", _saved({"meta": meta, "state_dict": state}), _check_official
+
+
+def _check_timm(path: Path, source: Source) -> tuple[str, Tensor]:
+    plain = timm.create_model(source.arch, pretrained=False, num_classes=0)
+    plain.load_state_dict(read_checkpoint(path), strict=True)
+    return f"timm {timm.__version__} {source.arch}, strict", _features(plain, source.side)
+
+
+def _check_torchvision(path: Path, source: Source) -> tuple[str, Tensor]:
+    plain = torchvision.models.get_model(source.arch, weights=None)
+    result = plain.load_state_dict(read_checkpoint(path), strict=False)
+    if set(result.missing_keys) != {"fc.weight", "fc.bias"} or result.unexpected_keys:
+        raise UserError(
+            f"{path.name}: not kept, torchvision misses {listed(result.missing_keys)} and does not "
+            f"know {listed(result.unexpected_keys)}"
+        )
+    described = f"torchvision {torchvision.__version__} {source.arch}, only fc missing"
+    return described, _features(nn.Sequential(*list(plain.children())[:-2]), source.side)
+
+
+def _check_detectron2(path: Path, source: Source) -> tuple[str, Tensor]:
+    trunk = extract_backbone(read_checkpoint(path))
+    plain = timm.create_model(source.arch, pretrained=False, num_classes=0)
+    plain.load_state_dict(trunk, strict=True)
+    return f"names mapped back into timm {timm.__version__} {source.arch}, strict", _features(
+        plain, source.side
+    )
+
+
+def _check_official(path: Path, source: Source) -> tuple[str, Tensor]:
+    content = read_checkpoint(path)
+    method, state = from_official(content)
+    if method != source.method or weights_sha256(state) != weights_sha256(
+        source.checkpoint["method"]
+    ):
+        raise UserError(f"{path.name}: not kept, it does not read back to the run's own state")
+    plain = timm.create_model(source.arch, pretrained=False, num_classes=0)
+    plain.load_state_dict(extract_backbone(content), strict=True)
+    return f"read back to all {len(state)} tensors of the run; trunk in timm, strict", _features(
+        plain
+    )
+
+
+def _standard(loaded: Loaded) -> Backbone:
+    """Return the backbone at its published stride: dilation is not in the weights."""
+    config = BackboneConfig.model_validate(loaded.config.model_dump() | {"output_stride": 32})
+    backbone = make_backbone(config)
+    backbone.load_state_dict(loaded.backbone.state_dict())
+    return backbone
+
+
+@torch.no_grad()
+def _features(network: nn.Module, side: int) -> Tensor:
+    """Return cells [2, N, D] of one fixed input; a ViT's class tokens come before its cells."""
+    network.eval()
+    images = torch.randn((2, 3, side, side), generator=torch.Generator().manual_seed(0))
+    # One memory format for all: convolutions in another one round differently.
+    images = images.contiguous(memory_format=torch.channels_last)
+    if isinstance(network, Backbone):
+        features = network(images)
+        is_map = "conv1.weight" in network.trunk.state_dict()
+        return features.dense if is_map else torch.cat((features.cls, features.dense), dim=1)
+    forward = getattr(network, "forward_features", network)
+    out = forward(images)
+    return out.flatten(2).transpose(1, 2) if out.ndim == 4 else out
+
+
+def _saved(content: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    return buffer.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _describe(exported: Exported, spec: str, source: Source) -> None:
+    """Write the .json beside an exported file."""
+    record = {
+        "file": exported.path.name,
+        "sha256": file_sha256(exported.path),
+        "source": spec,
+        "method": source.method,
+        "step": source.checkpoint.get("step") if source.method else None,
+        "network": source.part,
+        "architecture": source.arch,
+        "weights_sha256": source.loaded.sha256,
+        "normalisation": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+        "check": exported.check,
+        "max_abs_diff": exported.max_abs_diff,
+    }
+    text = json.dumps(record, indent=2) + "\n"
+    write_atomically(exported.path.with_name(exported.path.name + ".json"), text.encode())
+
+
+def main(argv: list[str]) -> int:
+    """Parse the command line and export; return the process's exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dense_ssl.export", description="Write a run's backbone for other libraries."
+    )
+    parser.add_argument("--run", required=True, help="a run folder or a checkpoint file")
+    parser.add_argument("--to", default="timm", help=f"comma-separated: {', '.join(TARGETS)}, all")
+    parser.add_argument("--out", type=Path, help="folder (default: RUN/export)")
+    args = parser.parse_args(argv)
+    try:
+        if args.out is None and not Path(args.run).is_dir():
+            raise UserError(f"{args.run}: not a run folder; give --out (OUT=) as well")
+        out = args.out or Path(args.run) / "export"
+        for file in export(args.run, args.to.split(","), out):
+            size = file.path.stat().st_size / 1e6
+            sys.stdout.write(f"{file.path}  {size:.1f} MB  outputs equal ({file.check})\n")
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,493 @@
+"""Foreign layouts in and out, refusals, and what `load_backbone` makes of a spec."""
+
+import argparse
+import collections
+import hashlib
+import os
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from dense_ssl import checkpoint, plain_pickle, pretrained
+from dense_ssl.backbones import BackboneConfig
+from dense_ssl.config import UserError
+from dense_ssl.fingerprint import weights_sha256
+from dense_ssl.layouts import (
+    extract_backbone,
+    from_detectron2_name,
+    resnet_of,
+    to_detectron2,
+    to_detectron2_name,
+)
+from dense_ssl.methods import make_method
+from dense_ssl.methods.densecl import DenseCLConfig
+from dense_ssl.methods.moco import MoCoConfig
+from dense_ssl.official import from_official, to_official
+from dense_ssl.pretrained import load_backbone, read_checkpoint
+
+SMALL = {
+    "backbone": BackboneConfig(name="resnet18", bn_groups=2),
+    "hidden_dim": 24,
+    "out_dim": 8,
+    "queue_length": 32,
+}
+
+
+def method_state(config):
+    torch.manual_seed(1)
+    method = make_method(config)
+    with torch.no_grad():
+        for parameter in method.teacher.parameters():  # student and teacher must be told apart
+            parameter.add_(1)
+    method.queue.pointer.fill_(7)
+    return method, method.state_dict()
+
+
+@pytest.fixture(scope="module")
+def moco():
+    return method_state(MoCoConfig(**SMALL))
+
+
+@pytest.fixture(scope="module")
+def densecl():
+    return method_state(DenseCLConfig(**SMALL))
+
+
+@pytest.fixture(scope="module")
+def trunk():
+    torch.manual_seed(2)
+    return timm.create_model("resnet18", num_classes=0).state_dict()
+
+
+def prefixed(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def save_run(folder, config, state, **more):
+    payload = {
+        "step": 12,
+        "epoch": 1.5,
+        "config": {"method": config.model_dump(mode="json")},
+        "method": state,
+        **more,
+    }
+    return checkpoint.save(folder / "checkpoints", payload, keep=1)
+
+
+# --- reading trunks --------------------------------------------------------------------------------
+
+
+def test_every_known_layout_gives_the_trunk(trunk):
+    noise = {name: torch.zeros_like(value) for name, value in trunk.items()}
+    head = {"fc.0.weight": torch.ones(3, 3), "fc.2.bias": torch.ones(3)}
+    layouts = {
+        "MoCo": {
+            "epoch": 3,
+            "state_dict": prefixed("module.encoder_q.", trunk | head)
+            | prefixed("module.encoder_k.", noise)
+            | {"module.queue": torch.ones(4, 8)},
+        },
+        "OpenSelfSup": prefixed("encoder_q.0.", trunk)
+        | {"encoder_q.1.mlp.0.weight": torch.ones(2, 2)}
+        | prefixed("backbone.", noise),  # the original wins over its alias
+        "DenseCL backbone": {"state_dict": trunk, "author": "DenseCL"},
+        "mmselfsup": {
+            "meta": {},
+            "state_dict": prefixed("backbone.", trunk) | {"head.w": head["fc.2.bias"]},
+        },
+        "MaskContrast": {"model": prefixed("module.model_q.backbone.", trunk)},
+        "torchvision": trunk | {"fc.weight": torch.ones(5, 512), "fc.bias": torch.ones(5)},
+        "DDP": prefixed("module.", trunk),
+        "detectron2": to_detectron2(trunk),
+        "student": {"format": "dense_ssl/1", "method": prefixed("student.backbone.trunk.", trunk)},
+        "arrays": {"model": {name: value.numpy() for name, value in trunk.items()}},
+    }
+    for name, layout in layouts.items():
+        assert same(extract_backbone(layout), trunk), name
+    own = {"format": "dense_ssl/1", "method": prefixed("teacher.backbone.trunk.", trunk)}
+    assert same(extract_backbone(own, "teacher"), trunk)
+
+
+def test_counters_of_batches_that_old_files_lack_are_zero(trunk):
+    old = {name: value for name, value in trunk.items() if not name.endswith("num_batches_tracked")}
+    found = extract_backbone(old)
+    assert list(found) == list(trunk)
+    assert int(found["layer2.0.bn1.num_batches_tracked"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: t.pop("layer3.1.conv2.weight"),
+            "119 of 120 .* 1 missing .layer3.1.conv2.weight",
+        ),
+        (lambda t: t.update(strange=torch.ones(1)), "0 missing .none., 1 unknown .strange"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if n.startswith("layer4")],
+            "missing .layer4.0.conv1.weight",
+        ),
+        (lambda t: t.pop("conv1.weight"), "no backbone among its 119 tensors"),
+        (lambda t: t.clear(), "no backbone among its 0 tensors .none"),
+    ],
+)
+def test_a_partial_or_foreign_trunk_is_refused_with_counts(trunk, change, words):
+    broken = dict(trunk)
+    change(broken)
+    with pytest.raises(UserError, match=words):
+        extract_backbone(broken)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "wide_resnet50_2",
+        "resnext50_32x4d",
+    ],
+)
+def test_the_architecture_is_read_from_the_tensors(name):
+    with torch.device("meta"):
+        state = timm.create_model(name, num_classes=0).state_dict()
+    found = extract_backbone(state)
+    assert list(found) == list(state)
+    assert resnet_of(found) == name
+
+
+def test_an_unknown_resnet_asks_for_its_name():
+    with torch.device("meta"):
+        state = timm.create_model("resnet26", num_classes=0).state_dict()
+    with pytest.raises(UserError, match=r"2-2-2-2 .* name it: FILE\?arch=NAME"):
+        resnet_of(extract_backbone(state))
+
+
+# --- detectron2 ------------------------------------------------------------------------------------
+
+
+def test_detectron2_names_of_the_specification():
+    for ours, theirs in {
+        "conv1.weight": "stem.conv1.weight",
+        "bn1.running_var": "stem.conv1.norm.running_var",
+        "layer3.0.downsample.1.bias": "res4.0.shortcut.norm.bias",
+        "layer1.0.downsample.0.weight": "res2.0.shortcut.weight",
+        "layer4.2.conv3.weight": "res5.2.conv3.weight",
+        "layer2.1.bn2.weight": "res3.1.conv2.norm.weight",
+    }.items():
+        assert to_detectron2_name(ours) == theirs
+        assert from_detectron2_name(theirs) == ours
+
+
+def test_detectron2_object_has_what_its_reader_wants(trunk):
+    content = to_detectron2({"state_dict": prefixed("module.encoder_q.", trunk)})
+    assert content["matching_heuristics"] is True
+    assert isinstance(content["__author__"], str)
+    assert len(content["model"]) == len(trunk)
+    assert all(isinstance(value, np.ndarray) for value in content["model"].values())
+
+
+def test_detectron2_has_no_names_for_a_vit():
+    with pytest.raises(UserError, match="ResNets only"):
+        to_detectron2({"patch_embed.proj.weight": torch.ones(1)})
+
+
+# --- official training states ----------------------------------------------------------------------
+
+
+def test_official_counts_of_a_resnet50():
+    with torch.device("meta"):
+        state = make_method(DenseCLConfig()).state_dict()
+    official = to_official("densecl", state)
+    assert len(official) == 974
+    assert sum(name.startswith("encoder_q.") for name in official) == 326
+    assert sum(name.startswith("backbone.") for name in official) == 318
+    assert official["queue"].shape == official["queue2"].shape == (128, 65536)
+    assert official["queue2_ptr"].shape == (1,)
+    assert official["encoder_q.1.mlp.2.weight"].shape == (128, 2048)
+    assert official["encoder_k.1.mlp2.0.weight"].shape == (2048, 2048, 1, 1)
+
+
+def test_densecl_round_trip(densecl):
+    method, state = densecl
+    official = to_official("densecl", state)
+    assert torch.equal(official["queue2"][:, 3], state["dense_queue.keys"][3])
+    alias, query = official["backbone.conv1.weight"], official["encoder_q.0.conv1.weight"]
+    assert alias.data_ptr() == query.data_ptr()
+    name, back = from_official({"meta": {"epoch": 1}, "state_dict": official, "optimizer": {}})
+    assert name == "densecl"
+    assert same(dict(sorted(back.items())), dict(sorted(state.items())))
+    method.load_state_dict(back, strict=True)
+    assert same(to_official("densecl", back), official)
+
+
+def test_moco_round_trip(moco):
+    method, state = moco
+    official = to_official("moco", state)
+    assert all(name.startswith("module.") for name in official)
+    assert int(official["module.queue_ptr"]) == 7
+    assert official["module.encoder_q.fc.2.weight"].shape == (8, 24)
+    name, back = from_official({"epoch": 1, "arch": "resnet18", "state_dict": official})
+    assert name == "moco"
+    method.load_state_dict(back, strict=True)
+    assert same(to_official("moco", back), official)
+    assert same(extract_backbone(official), extract_backbone(state))
+
+
+def test_openselfsup_moco_is_read_too(moco):
+    _, state = moco
+    official = to_official("moco", state)
+    renamed = {}
+    for key, value in official.items():
+        key = key.removeprefix("module.").replace(".fc.", ".1.mlp.")
+        for side in ("encoder_q.", "encoder_k."):
+            if key.startswith(side) and not key.startswith(f"{side}1."):
+                key = f"{side}0.{key.removeprefix(side)}"
+        renamed[key] = value
+    name, back = from_official(renamed | prefixed("backbone.", extract_backbone(official)))
+    assert name == "moco"
+    assert same(dict(sorted(back.items())), dict(sorted(state.items())))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("module.queue"), "queue missing; only a backbone"),
+        (lambda s: [s.pop(n) for n in list(s) if "encoder_k" in n], r"encoder_k\.\* missing"),
+        (
+            lambda s: s.pop("module.encoder_q.fc.2.bias"),
+            r"encoder_q.fc.\* is not a head of two layers",
+        ),
+        (lambda s: s.pop("module.encoder_q.bn1.bias"), "1 missing .bn1.bias"),
+        (
+            lambda s: s.update({"module.queue_backbone": torch.ones(1)}),
+            "no place in moco .queue_backbone",
+        ),
+    ],
+)
+def test_an_incomplete_training_state_is_refused(moco, change, words):
+    official = to_official("moco", moco[1])
+    change(official)
+    with pytest.raises(UserError, match=words):
+        from_official(official)
+
+
+def test_methods_without_an_official_layout_are_refused(moco):
+    with pytest.raises(UserError, match="no official layout"):
+        to_official("ibot", moco[1])
+    with pytest.raises(UserError, match=r"1 of .* tensors have no place"):
+        to_official("moco", moco[1] | {"center": torch.ones(1)})
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    content = {"state_dict": {}, "args": Bomb(tmp_path / "ran")}
+    torch.save(content, tmp_path / "new.pth")
+    torch.save(content, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
+    (tmp_path / "d2.pkl").write_bytes(pickle.dumps(content))
+    for name in ("new.pth", "old.pth.tar", "d2.pkl"):
+        with pytest.raises(
+            UserError, match=r"Python object of \w+.mkdir, and code .* is never run"
+        ):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_plain_values_of_official_checkpoints_are_read(tmp_path, trunk):
+    content = {
+        "state_dict": collections.OrderedDict(trunk),
+        "args": argparse.Namespace(lr=0.1, out=tmp_path),
+        "best": np.float64(71.5),
+        "count": np.int64(3),
+        "meta": {"time": "now", "iter": 5},
+    }
+    for name, zipped in (("new.pth", True), ("old.pth.tar", False)):
+        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        found = read_checkpoint(tmp_path / name)
+        assert same(found["state_dict"], trunk)
+        assert found["args"].lr == 0.1
+        assert found["best"] == 71.5
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_foreign_detectron2_pickles_are_read(tmp_path, trunk, protocol):
+    content = to_detectron2(trunk) | {"score": np.float32(0.5)}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    found = read_checkpoint(tmp_path / "x.pkl")
+    assert found["score"] == 0.5
+    assert same(extract_backbone(found), trunk)
+
+
+def test_our_pickles_need_nothing_but_public_numpy_names():
+    data = plain_pickle.dumps(
+        {"a": np.arange(6, dtype="f4").reshape(2, 3), "n": np.zeros((), "i8")}
+    )
+    assert b"numpy.core" not in data
+    assert b"numpy._core" not in data
+    back = pickle.loads(data)  # the reader of detectron2
+    assert back["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert back["a"].flags.writeable
+    assert back["n"].shape == ()
+
+
+@pytest.mark.parametrize("array", [np.array([None, {}], object), np.array(["text"])])
+def test_arrays_of_anything_but_numbers_are_refused(tmp_path, array):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": array}))
+    with pytest.raises(UserError, match="damaged, or no checkpoint"):
+        read_checkpoint(tmp_path / "x.pkl")
+
+
+def test_bytes_never_become_pointers(tmp_path):
+    crafted = b"cnumpy\nndarray\n((I2\ntX\x01\x00\x00\x00Ocbuiltins\nbytearray\n(ctR."
+    (tmp_path / "x.pkl").write_bytes(crafted)
+    with pytest.raises(UserError):
+        read_checkpoint(tmp_path / "x.pkl")
+
+
+def test_damaged_and_foreign_files_give_one_sentence(tmp_path, trunk):
+    torch.save(trunk, tmp_path / "zip.pth")
+    torch.save(trunk, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(trunk, tmp_path / "safe.safetensors")
+    (tmp_path / "d2.pkl").write_bytes(plain_pickle.dumps(to_detectron2(trunk)))
+    for whole in list(tmp_path.iterdir()):
+        data = whole.read_bytes()
+        for label, part in (
+            ("half", data[: len(data) // 2]),
+            ("empty", b""),
+            ("text", b"hello\n" * 9),
+        ):
+            path = tmp_path / f"{label}{whole.suffix}"
+            path.write_bytes(part)
+            with pytest.raises(UserError, match=r"damaged|cannot be read") as caught:
+                read_checkpoint(path)
+            assert str(path) in str(caught.value)
+            assert "\n" not in str(caught.value)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds a list, not a dictionary"):
+        read_checkpoint(tmp_path / "list.pth")
+    torch.save({"format": "dense_ssl/9"}, tmp_path / "new.pth")
+    with pytest.raises(UserError, match="dense_ssl/9"):
+        read_checkpoint(tmp_path / "new.pth")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "nothing.pth")
+
+
+# --- load_backbone ---------------------------------------------------------------------------------
+
+
+def test_a_run_gives_what_its_method_exports(tmp_path, densecl):
+    _, state = densecl
+    config = DenseCLConfig(**SMALL)
+    path = save_run(tmp_path, config, state)
+    for spec in (str(tmp_path), str(path)):
+        loaded = load_backbone(spec)
+        assert same(extract_backbone(loaded.backbone.trunk.state_dict()), extract_backbone(state))
+        assert loaded.config == config.backbone
+        assert loaded.name == spec
+        assert not loaded.backbone.training
+    teacher = load_backbone(str(tmp_path), which="teacher").backbone.trunk.state_dict()
+    assert same(extract_backbone(teacher), extract_backbone(state, "teacher"))
+
+
+def test_random_networks_repeat_and_leave_the_generator_alone(tmp_path, densecl):
+    save_run(tmp_path, DenseCLConfig(**SMALL), densecl[1])
+    before = torch.get_rng_state()
+    first, again, other = (load_backbone("random:resnet18", seed) for seed in (3, 3, 4))
+    assert torch.equal(before, torch.get_rng_state())
+    assert first.sha256 == again.sha256 != other.sha256
+    like_run = load_backbone(f"random:{tmp_path}", 3)
+    assert like_run.config.bn_groups == 2
+    assert like_run.sha256 == first.sha256 != load_backbone(str(tmp_path)).sha256
+
+
+def test_official_files_load_by_shape_or_by_name(tmp_path, moco):
+    torch.save({"state_dict": to_official("moco", moco[1])}, tmp_path / "moco.pth.tar")
+    spec = str(tmp_path / "moco.pth.tar")
+    loaded = load_backbone(spec)
+    assert loaded.config.name == "resnet18"
+    assert load_backbone(f"{spec}?arch=resnet18").sha256 == loaded.sha256
+    with pytest.raises(UserError, match=r"120 of 216 tensors of resnet34 fit: 96 missing"):
+        load_backbone(f"{spec}?arch=resnet34")
+
+
+def test_a_vit_file_needs_its_name(tmp_path):
+    state = load_backbone("random:vit_tiny_patch16_224").backbone.trunk.state_dict()
+    save_file(state, tmp_path / "vit.safetensors")
+    with pytest.raises(UserError, match=r"\?arch=NAME"):
+        load_backbone(str(tmp_path / "vit.safetensors"))
+    loaded = load_backbone(f"{tmp_path / 'vit.safetensors'}?arch=vit_tiny_patch16_224")
+    assert loaded.sha256 == weights_sha256(state)
+
+
+def test_what_is_not_there_gives_one_sentence(tmp_path, monkeypatch):
+    for spec, words in {
+        str(tmp_path): "no checkpoints/last.pt",
+        str(tmp_path / "none.pt"): "no such checkpoint file or run folder",
+        "random:resnet1": "no model 'resnet1'",
+        "timm:vgg16": "not supported",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            load_backbone(spec)
+
+    def offline(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(pretrained, "_fetch", offline)
+    with pytest.raises(UserError, match=r"could not be fetched .ConnectionError."):
+        load_backbone("timm:resnet18")
+
+
+def test_timm_weights_are_loaded_whole(monkeypatch):
+    published = timm.create_model("resnet18", num_classes=0).state_dict()
+    monkeypatch.setattr(pretrained, "_fetch", lambda name: published)
+    assert load_backbone("timm:resnet18").sha256 == weights_sha256(published)
+
+
+# --- the hash --------------------------------------------------------------------------------------
+
+
+def test_the_hash_is_over_names_types_shapes_and_bytes():
+    b = torch.tensor([[1.0, 2.0]])
+    a = torch.tensor(3, dtype=torch.int64)
+    text = b"a\0torch.int64\0()\0" + np.int64(3).tobytes()
+    text += b"b\0torch.float32\0(1, 2)\0" + np.float32([1, 2]).tobytes()
+    assert weights_sha256({"b": b, "a": a}) == hashlib.sha256(text).hexdigest()
+
+
+def test_the_hash_ignores_order_and_memory_format_and_sees_everything_else():
+    x = torch.randn(4, 3, 2, 2)
+    base = weights_sha256({"x": x, "y": x})
+    assert weights_sha256({"y": x, "x": x.to(memory_format=torch.channels_last)}) == base
+    nudged = x.clone()
+    nudged[0, 0, 0, 0] = torch.nextafter(x[0, 0, 0, 0], torch.tensor(9.0))
+    for other in (
+        {"x": x, "y": nudged},
+        {"x": x},
+        {"x": x, "z": x},
+        {"x": x, "y": x.reshape(3, 4, 2, 2)},
+    ):
+        assert weights_sha256(other) != base
+    assert weights_sha256({"x": torch.zeros(2)}) != weights_sha256({"x": torch.zeros(2).int()})
+    weights_sha256(
+        {"half": torch.zeros(2, dtype=torch.bfloat16), "flag": torch.zeros(3, dtype=torch.bool)}
+    )
