@@ -1,0 +1,135 @@
+"""The next batch is made ready, and copied to the GPU, while the step on this one runs."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dense_ssl.crops import Crops, MultiCropBatch
+
+
+class Prefetcher:
+    """Iterates over batches whose images are on `device`; a thread is one batch ahead of the user.
+
+    On a CUDA device the thread copies from pinned memory on a stream of its own, so the copy overlaps
+    with the step and the host never waits for it. On the CPU it only runs ahead. `index` stays on the
+    host on every device: it keys random draws, which are made there.
+
+    Use it as a context manager, or call `close`: that ends the thread and closes `batches`. An
+    exception in the thread is raised in the user's `next`, with its own traceback.
+
+    Args:
+        batches: consumed in the thread; each must own its memory.
+        device: where the images are wanted.
+    """
+
+    def __init__(self, batches: Iterator[MultiCropBatch], device: torch.device) -> None:
+        self.wait_s = 0.0  # seconds the user has waited for data so far
+        self._batches = batches
+        self._device = device
+        self._ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(maxsize=1)
+        self._closing = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> MultiCropBatch:
+        if self._ended:
+            raise StopIteration
+        start = time.perf_counter()
+        item = self._ready.get()
+        self.wait_s += time.perf_counter() - start
+        if isinstance(item, _Ready):
+            return item.take()
+        self.close()
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread once it has finished the batch it works on, then close `batches`."""
+        self._ended = True
+        self._closing.set()
+        while self._thread.is_alive():
+            try:  # room for a thread that waits to hand over a batch
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+
+    def _run(self) -> None:
+        try:
+            cuda = self._device.type == "cuda"
+            stream = torch.cuda.Stream(self._device) if cuda else None
+            with torch.cuda.stream(stream) if stream is not None else nullcontext():
+                for batch in self._batches:
+                    if self._closing.is_set():
+                        return
+                    self._ready.put(_send(batch, self._device, stream))
+            self._ready.put(None)
+        except BaseException as error:  # whatever it is, it belongs to the user's thread
+            self._ready.put(error)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A batch on its device, or on its way there."""
+
+    batch: MultiCropBatch
+    arrived: torch.cuda.Event | None
+
+    def take(self) -> MultiCropBatch:
+        """Return the batch for use on the current stream, which waits for it to arrive."""
+        if self.arrived is not None:
+            stream = torch.cuda.current_stream(self.batch.label.device)
+            stream.wait_event(self.arrived)
+            for tensor in _tensors(self.batch):
+                # The memory belongs to the side stream: it must not be given out again there before
+                # the work queued here is done.
+                tensor.record_stream(stream)
+        return self.batch
+
+
+def _send(batch: MultiCropBatch, device: torch.device, stream: torch.cuda.Stream | None) -> _Ready:
+    """Return the batch on its way to `device` on the current stream."""
+    if stream is None:
+        return _Ready(batch, None)
+
+    def move(x: Tensor) -> Tensor:
+        return x if x.is_cuda else x.pin_memory().to(device, non_blocking=True)
+
+    views: dict[str, Crops] = {name: crops.map(move) for name, crops in batch.views.items()}
+    moved = MultiCropBatch(views, batch.index, move(batch.label))
+    arrived = torch.cuda.Event()
+    arrived.record(stream)
+    return _Ready(moved, arrived)
+
+
+def _tensors(batch: MultiCropBatch) -> Iterator[Tensor]:
+    """Yield everything of a batch that is on its device."""
+    for crops in batch.views.values():
+        yield from (crops.images, crops.boxes, crops.flipped)
+    yield batch.label
