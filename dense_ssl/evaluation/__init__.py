@@ -1,0 +1,14 @@
+"""What a frozen backbone is worth, by protocols with a name and a version.
+
+Each protocol is one file: its `Config`, `load(path, config)` that opens the data, and
+`run(backbone, data, config, cache)` that returns numbers. It gets a backbone and nothing of training, so
+a run, a published checkpoint and timm's weights are evaluated by the same words:
+
+    python -m dense_ssl.evaluation knn,segment --checkpoint runs/a --data DATA
+
+| task    | data                                  | protocol          | file       |
+|---------|---------------------------------------|-------------------|------------|
+| knn     | train/CLASS/*, val/CLASS/*            | knn/v1            | knn.py     |
+| knn     | COCO: annotations/instances_*.json    | knn-objects/v1    | knn.py     |
+| segment | COCO, or CamVid: train/, trainannot/  | segment-linear/v1 | segment.py |
+"""

@@ -1,0 +1,165 @@
+"""Images with one label each: class folders, or the objects of a COCO data set cut from their boxes."""
+
+import io
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dense_ssl.config import UserError
+from dense_ssl.evaluation import coco
+from dense_ssl.evaluation.omissions import Omissions, require_some
+from dense_ssl.loaders.source import SUFFIXES, decode
+
+SPLITS = ("train", "val")
+MIN_OBJECT_PX = 32  # shorter side of a box that is worth recognising
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One image, or the part of one that a box (x, y, width, height in pixels) frames."""
+
+    path: Path
+    box: tuple[float, float, float, float] | None = None
+
+    def __str__(self) -> str:
+        return self.path.name if self.box is None else f"{self.path.name}{list(self.box)}"
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledPictures:
+    """One split."""
+
+    pictures: tuple[Picture, ...]
+    labels: Tensor  # int64 [n]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyData:
+    """A training and a validation split with the same classes."""
+
+    protocol: str
+    classes: tuple[str, ...]
+    train: LabelledPictures
+    val: LabelledPictures
+    omitted: Omissions = field(compare=False)
+
+
+def open_class_folders(root: Path, protocol: str) -> ClassifyData:
+    """Return the images of `root/train/CLASS/*` and `root/val/CLASS/*`.
+
+    Raises:
+        UserError: a split is missing or empty, or val has a class that train has not.
+    """
+    omitted = Omissions()
+    classes: list[str] = []
+    parts: list[LabelledPictures] = []
+    for split in SPLITS:
+        folder = root / split
+        if not folder.is_dir():
+            raise UserError(
+                f"{root}: no folder {split}/ in it; kNN reads train/CLASS/* and val/CLASS/*, "
+                "or COCO's annotations/instances_*.json"
+            )
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        classes = classes or names
+        strangers = sorted(set(names) - set(classes))
+        if strangers:
+            raise UserError(f"{folder}: classes that train has not: {', '.join(strangers[:5])}")
+        pictures, labels = [], []
+        for name in names:
+            paths = _images_below(folder / name)
+            if not paths:
+                omitted.add(f"{split}: class folder without images", name)
+            pictures += [Picture(path) for path in paths]
+            labels += [classes.index(name)] * len(paths)
+        require_some(pictures, str(folder), omitted)
+        parts.append(LabelledPictures(tuple(pictures), torch.tensor(labels)))
+    return ClassifyData(protocol, tuple(classes), *parts, omitted)
+
+
+def open_coco_objects(root: Path, protocol: str) -> ClassifyData:
+    """Return the objects of a COCO data set, each framed by its box, with their categories.
+
+    Crowds and boxes with a side below `MIN_OBJECT_PX` are not part of the protocol.
+
+    Raises:
+        UserError: the annotations are missing or unreadable, or no object is left.
+    """
+    omitted = Omissions()
+    identities: list[int] = []
+    classes: tuple[str, ...] = ()
+    parts: list[LabelledPictures] = []
+    for part in SPLITS:
+        name = coco.split_name(root, part)
+        split = coco.read_split(root, name, omitted)
+        if not identities:
+            identities = list(split.categories)
+            classes = tuple(entry[0] for entry in split.categories.values())
+        elif list(split.categories) != identities:
+            raise UserError(f"{root}/annotations: the splits have different categories")
+        framed = [
+            (Picture(image.path, instance.box), identities.index(instance.category))
+            for image in split.images
+            for instance in image.instances
+            if not instance.crowd and min(instance.box[2:]) >= MIN_OBJECT_PX
+        ]
+        require_some(framed, f"{root} ({name})", omitted)
+        labels = torch.tensor([label for _, label in framed])
+        parts.append(LabelledPictures(tuple(picture for picture, _ in framed), labels))
+    return ClassifyData(protocol, classes, *parts, omitted)
+
+
+def thinned(split: LabelledPictures, limit: int | None) -> LabelledPictures:
+    """Return at most `limit` pictures, evenly spaced through the split."""
+    count = len(split.pictures)
+    if limit is None or count <= limit:
+        return split
+    chosen = np.linspace(0, count - 1, limit).round().astype(int).tolist()
+    return LabelledPictures(tuple(split.pictures[i] for i in chosen), split.labels[chosen])
+
+
+def read_picture(picture: Picture, resize: int, size: int) -> Tensor:
+    """Return uint8 [3, size, size]: the shorter side resized to `resize`, then the centre.
+
+    A framed object is cut as the square around its box, pushed back into the image, and resized to
+    `size` whole. Bilinear with antialiasing.
+    """
+    if picture.box is None:
+        image = decode(picture.path.read_bytes())
+        scale = resize / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    else:
+        with Image.open(io.BytesIO(picture.path.read_bytes())) as opened:
+            image = opened.convert("RGB")  # boxes are drawn on the stored pixels
+        window = _square(picture.box, *image.size)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=window)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _square(
+    box: tuple[float, float, float, float], width: int, height: int
+) -> tuple[float, float, float, float]:
+    """The square around a box, no larger than the image and pushed inside: left, top, right, bottom."""
+    x, y, w, h = box
+    side = min(max(w, h), width, height)
+    left = min(max(x + w / 2 - side / 2, 0), width - side)
+    top = min(max(y + h / 2 - side / 2, 0), height - side)
+    return left, top, left + side, top + side
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return [
+        Path(where, name)
+        for where, folders, names in os.walk(folder)
+        for name in sorted(names)
+        if folders.sort() is None  # os.walk descends in the order left in this list
+        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    ]
