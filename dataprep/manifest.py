@@ -62,7 +62,7 @@ class Manifest:
             DataError: no manifest, another format, or a file is missing or has another size.
         """
         root = Path(root)
-        data = _read_json(root)
+        data = read_manifest(root)
         files = data["files"]
         for name, entry in files.items():
             path = root / name
@@ -117,9 +117,11 @@ class RecordReader:
     Safe to share between threads and across fork (positional reads only), and picklable (it reopens).
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, kind: str | None = None) -> None:
+        """Open the shards of format `kind`: "dali" where there are any, unless told otherwise."""
         self.manifest = manifest
-        if "dali" in manifest.formats:
+        self._kind = kind or ("dali" if "dali" in manifest.formats else "ffcv")
+        if self._kind == "dali":
             located = [read_index(path.with_suffix(".idx")) for path in manifest.shards]
             paths = manifest.shards
             offsets = np.concatenate([table[:, 0] for table in located])
@@ -166,8 +168,8 @@ class RecordReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[[Path], "RecordReader"], tuple[Path]]:
-        return _reopen, (self.manifest.root,)
+    def __reduce__(self) -> tuple[Callable[[Path, str], "RecordReader"], tuple[Path, str]]:
+        return _reopen, (self.manifest.root, self._kind)
 
 
 def record_checksum(data: bytes | memoryview) -> bytes:
@@ -220,7 +222,12 @@ def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarra
     return array
 
 
-def _read_json(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Return the content of a manifest; the files it lists are not looked at.
+
+    Raises:
+        DataError: there is none, it is not finished, or of another format.
+    """
     path = root / MANIFEST
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; make one with `make shards OUT={root} ...`")
@@ -244,5 +251,5 @@ def _read_json(root: Path) -> dict[str, Any]:
     return data
 
 
-def _reopen(root: Path) -> RecordReader:
-    return RecordReader(Manifest.load(root))
+def _reopen(root: Path, kind: str) -> RecordReader:
+    return RecordReader(Manifest.load(root), kind)
