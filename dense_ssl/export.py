@@ -115,11 +115,12 @@ def export(spec: str, targets: Sequence[str], out: Path) -> list[Exported]:
                 for name, data, check in _files(target, source):
                     draft = Path(aside) / name
                     _write(draft, data)
-                    described, features = check(draft, source)
-                    diff = float((features - expected).abs().max())
-                    if diff != 0.0:
+                    described, network = check(draft, source)
+                    diff = float((_features(network, source.side) - expected).abs().max())
+                    if diff != 0.0 or _trunk_sha256(network) != source.loaded.sha256:
                         raise UserError(
-                            f"{out / name}: not kept, {described} gives features that differ by {diff:.3g}"
+                            f"{out / name}: not kept, {described} has other weights or gives features "
+                            f"that differ (by {diff:.3g})"
                         )
                     draft.replace(out / name)
                     done.append(Exported(out / name, described, diff))
@@ -157,7 +158,7 @@ def _obstacle(target: str, source: Source) -> str | None:
     return None
 
 
-Check = Callable[[Path, Source], tuple[str, Tensor]]  # (file, source) -> what was checked, features
+Check = Callable[[Path, Source], tuple[str, nn.Module]]  # -> what was checked, the loaded network
 
 
 def _files(target: str, source: Source) -> list[tuple[str, bytes, Check]]:
@@ -187,45 +188,47 @@ def _official_file(source: Source) -> tuple[str, bytes, Check]:
     return "official_densecl.pth", _saved({"meta": meta, "state_dict": state}), _check_official
 
 
-def _check_timm(path: Path, source: Source) -> tuple[str, Tensor]:
-    plain = timm.create_model(source.arch, pretrained=False, num_classes=0)
-    plain.load_state_dict(read_checkpoint(path), strict=True)
-    return f"timm {timm.__version__} {source.arch}, strict", _features(plain, source.side)
+def _read_written(path: Path) -> dict[str, Any]:
+    """Return what was just written, from the disk."""
+    return read_checkpoint(path)
 
 
-def _check_torchvision(path: Path, source: Source) -> tuple[str, Tensor]:
+def _check_timm(path: Path, source: Source) -> tuple[str, nn.Module]:
+    plain = _plain_timm(source, _read_written(path))
+    return f"timm {timm.__version__} {source.arch}, strict", plain
+
+
+def _check_torchvision(path: Path, source: Source) -> tuple[str, nn.Module]:
     plain = torchvision.models.get_model(source.arch, weights=None)
-    result = plain.load_state_dict(read_checkpoint(path), strict=False)
+    result = plain.load_state_dict(_read_written(path), strict=False)
     if set(result.missing_keys) != {"fc.weight", "fc.bias"} or result.unexpected_keys:
         raise UserError(
             f"{path.name}: not kept, torchvision misses {listed(result.missing_keys)} and does not "
             f"know {listed(result.unexpected_keys)}"
         )
-    described = f"torchvision {torchvision.__version__} {source.arch}, only fc missing"
-    return described, _features(nn.Sequential(*list(plain.children())[:-2]), source.side)
+    return f"torchvision {torchvision.__version__} {source.arch}, only fc missing", plain
 
 
-def _check_detectron2(path: Path, source: Source) -> tuple[str, Tensor]:
-    trunk = extract_backbone(read_checkpoint(path))
-    plain = timm.create_model(source.arch, pretrained=False, num_classes=0)
-    plain.load_state_dict(trunk, strict=True)
-    return f"names mapped back into timm {timm.__version__} {source.arch}, strict", _features(
-        plain, source.side
-    )
+def _check_detectron2(path: Path, source: Source) -> tuple[str, nn.Module]:
+    plain = _plain_timm(source, extract_backbone(_read_written(path)))
+    return f"names mapped back into timm {timm.__version__} {source.arch}, strict", plain
 
 
-def _check_official(path: Path, source: Source) -> tuple[str, Tensor]:
-    content = read_checkpoint(path)
+def _check_official(path: Path, source: Source) -> tuple[str, nn.Module]:
+    content = _read_written(path)
     method, state = from_official(content)
     if method != source.method or weights_sha256(state) != weights_sha256(
         source.checkpoint["method"]
     ):
         raise UserError(f"{path.name}: not kept, it does not read back to the run's own state")
+    plain = _plain_timm(source, extract_backbone(content))
+    return f"read back to all {len(state)} tensors of the run; trunk in timm, strict", plain
+
+
+def _plain_timm(source: Source, state: Mapping[str, Tensor]) -> nn.Module:
     plain = timm.create_model(source.arch, pretrained=False, num_classes=0)
-    plain.load_state_dict(extract_backbone(content), strict=True)
-    return f"read back to all {len(state)} tensors of the run; trunk in timm, strict", _features(
-        plain
-    )
+    plain.load_state_dict(state, strict=True)
+    return plain
 
 
 def _standard(loaded: Loaded) -> Backbone:
@@ -247,9 +250,18 @@ def _features(network: nn.Module, side: int) -> Tensor:
         features = network(images)
         is_map = "conv1.weight" in network.trunk.state_dict()
         return features.dense if is_map else torch.cat((features.cls, features.dense), dim=1)
-    forward = getattr(network, "forward_features", network)
-    out = forward(images)
+    # torchvision has no name for "all but pooling and fc", its last two children.
+    without_fc = nn.Sequential(*list(network.children())[:-2])
+    out = getattr(network, "forward_features", without_fc)(images)
     return out.flatten(2).transpose(1, 2) if out.ndim == 4 else out
+
+
+def _trunk_sha256(network: nn.Module) -> str:
+    """Return the hash of a plain network's weights without a classifier."""
+    state = network.state_dict()
+    return weights_sha256(
+        {name: value for name, value in state.items() if not name.startswith("fc.")}
+    )
 
 
 def _saved(content: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,224 @@
+"""Exported files load in plain timm and torchvision with equal outputs, or do not exist."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dense_ssl import checkpoint
+from dense_ssl import export as export_module
+from dense_ssl.backbones import BackboneConfig
+from dense_ssl.config import UserError
+from dense_ssl.export import export, main
+from dense_ssl.fingerprint import weights_sha256
+from dense_ssl.methods import make_method
+from dense_ssl.methods.densecl import DenseCLConfig
+from dense_ssl.methods.moco import MoCoConfig
+from dense_ssl.official import from_official
+from dense_ssl.pretrained import load_backbone, read_checkpoint
+
+
+def make_run(folder: Path, config_type, name: str, **backbone) -> Path:
+    """Write a run of an untrained method whose BatchNorms are not at their start."""
+    config = config_type(
+        backbone=BackboneConfig(name=name, **backbone), hidden_dim=16, out_dim=8, queue_length=32
+    )
+    torch.manual_seed(0)
+    method = make_method(config)
+    with torch.no_grad():
+        for key, value in method.state_dict().items():
+            if key.endswith("running_var"):
+                value.uniform_(0.5, 1.5)
+            elif key.endswith("running_mean"):
+                value.uniform_(-0.1, 0.1)
+    payload = {
+        "step": 20,
+        "epoch": 2.5,
+        "config": {"method": config.model_dump(mode="json")},
+        "method": method.state_dict(),
+    }
+    checkpoint.save(folder / "checkpoints", payload, keep=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"), DenseCLConfig, "resnet18", bn_groups=2)
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    export(str(run), ["all"], run / "export")
+    return run / "export"
+
+
+@pytest.fixture(scope="module")
+def cells(run):
+    """Our own features of an image that the export's check has not seen."""
+    images = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(5))
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        return images, load_backbone(str(run)).backbone(images)
+
+
+def test_all_writes_every_target_and_nothing_else(exported):
+    names = {path.name for path in exported.iterdir()}
+    files = {
+        "backbone_timm.pth",
+        "backbone_timm.safetensors",
+        "backbone_torchvision.pth",
+        "backbone_torchvision.safetensors",
+        "backbone_detectron2.pkl",
+        "official_densecl.pth",
+    }
+    assert names == files | {f"{name}.json" for name in files}
+
+
+def test_plain_timm_loads_strictly_with_equal_outputs(exported, cells):
+    images, features = cells
+    for state in (
+        torch.load(exported / "backbone_timm.pth", weights_only=True),
+        load_file(exported / "backbone_timm.safetensors"),
+    ):
+        plain = timm.create_model("resnet18", pretrained=False, num_classes=0).eval()
+        plain.load_state_dict(state, strict=True)
+        with torch.no_grad():
+            maps = plain.forward_features(images)
+        assert torch.equal(maps.flatten(2).transpose(1, 2), features.dense)
+
+
+def test_plain_torchvision_misses_fc_only_with_equal_outputs(exported, cells):
+    images, features = cells
+    for state in (
+        torch.load(exported / "backbone_torchvision.pth", weights_only=True),
+        load_file(exported / "backbone_torchvision.safetensors"),
+    ):
+        plain = torchvision.models.resnet18(weights=None).eval()
+        result = plain.load_state_dict(state, strict=False)
+        assert sorted(result.missing_keys) == ["fc.bias", "fc.weight"]
+        assert result.unexpected_keys == []
+        plain.fc = torch.nn.Identity()
+        with torch.no_grad():
+            pooled = plain(images)
+        torch.testing.assert_close(pooled, features.cls[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_detectron2_reads_its_names_from_a_plain_pickle(run, exported):
+    with (exported / "backbone_detectron2.pkl").open("rb") as file:
+        content = pickle.load(file, encoding="latin1")
+    trunk = load_backbone(str(run)).backbone.trunk.state_dict()
+    assert content["matching_heuristics"] is True
+    assert (content["model"]["res5.1.conv2.weight"] == trunk["layer4.1.conv2.weight"].numpy()).all()
+    assert {name.partition(".")[0] for name in content["model"]} == {
+        "stem",
+        "res2",
+        "res3",
+        "res4",
+        "res5",
+    }
+
+
+def test_the_official_file_holds_the_whole_training_state(run, exported):
+    content = torch.load(exported / "official_densecl.pth", weights_only=True)
+    assert content["meta"] == {"epoch": 2, "iter": 20}
+    assert content["state_dict"]["encoder_q.1.mlp2.2.weight"].shape == (8, 16, 1, 1)
+    name, state = from_official(content)
+    own = read_checkpoint(run / "checkpoints" / "last.pt")["method"]
+    assert name == "densecl"
+    assert weights_sha256(state) == weights_sha256(own)
+
+
+def test_moco_has_its_own_official_layout(tmp_path):
+    run = make_run(tmp_path, MoCoConfig, "resnet18")
+    (file,) = export(str(run), ["official"], tmp_path / "out")
+    assert file.path.name == "official_moco.pth.tar"
+    content = torch.load(file.path, weights_only=True)
+    assert (content["epoch"], content["arch"]) == (2, "resnet18")
+    assert content["state_dict"]["module.queue"].shape == (8, 32)
+
+
+def test_every_file_says_where_it_comes_from(run, exported):
+    sha = load_backbone(str(run)).sha256
+    for path in exported.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record["sha256"] == checkpoint.file_sha256(exported / record["file"])
+        assert (record["source"], record["method"], record["step"]) == (str(run), "densecl", 20)
+        assert record["network"] == "student"
+        assert record["weights_sha256"] == sha
+        assert record["max_abs_diff"] == 0.0
+        assert record["check"]
+    with safe_open(exported / "backbone_timm.safetensors", "pt") as file:
+        assert file.metadata() == {"arch": "resnet18", "weights_sha256": sha}
+
+
+def test_our_own_exports_read_back(run, exported):
+    sha = load_backbone(str(run)).sha256
+    for name in (
+        "backbone_timm.pth",
+        "backbone_torchvision.safetensors",
+        "backbone_detectron2.pkl",
+    ):
+        assert load_backbone(str(exported / name)).sha256 == sha
+
+
+def test_a_dilated_backbone_is_compared_at_its_published_stride(tmp_path):
+    run = make_run(tmp_path, MoCoConfig, "resnet50", output_stride=16)
+    files = export(str(run), ["torchvision", "timm"], tmp_path / "out")
+    assert [file.max_abs_diff for file in files] == [0.0] * 4
+
+
+def test_a_vit_goes_to_timm_only(tmp_path):
+    run = make_run(tmp_path, MoCoConfig, "vit_tiny_patch16_224")
+    files = export(str(run), ["all"], tmp_path / "out")
+    assert [file.path.name for file in files] == ["backbone_timm.pth", "backbone_timm.safetensors"]
+    for target, words in {
+        "torchvision": "no vit_tiny_patch16_224",
+        "detectron2": "ResNets only",
+        "official": "ResNets only",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            export(str(run), [target], tmp_path / "out")
+
+
+def test_an_official_file_is_a_source_too(exported, tmp_path):
+    files = export(str(exported / "official_densecl.pth"), ["all"], tmp_path)
+    names = [file.path.name for file in files]
+    assert "backbone_torchvision.pth" in names
+    assert "official_densecl.pth" not in names
+    with pytest.raises(UserError, match="only checkpoints of this project's"):
+        export(str(exported / "official_densecl.pth"), ["official"], tmp_path)
+
+
+def test_a_file_that_gives_other_outputs_is_not_kept(run, tmp_path, monkeypatch):
+    def spoilt(path):
+        state = read_checkpoint(path)
+        if "layer4.1.bn2.bias" in state:
+            state["layer4.1.bn2.bias"] = state["layer4.1.bn2.bias"] + 1e-3
+        return state
+
+    monkeypatch.setattr(export_module, "_read_written", spoilt)
+    with pytest.raises(UserError, match=r"not kept, timm .* differ .by 0.001"):
+        export(str(run), ["timm"], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_command_line(run, tmp_path, capsys):
+    assert main(["--run", str(run), "--to", "safetensors", "--out", str(tmp_path / "a")]) == 0
+    assert "outputs equal (timm" in capsys.readouterr().out
+    assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".safetensors", ".json"}
+    for arguments, words in {
+        ("--run", str(run), "--to", "tensorflow"): "choose from timm, torchvision",
+        ("--run", str(tmp_path / "none")): "not a run folder; give --out",
+        ("--run", str(tmp_path), "--out", str(tmp_path / "b")): "no checkpoints/last.pt",
+        ("--run", str(run), "--out", "/proc/nowhere"): "cannot be written",
+    }.items():
+        assert main([*arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
