@@ -29,17 +29,17 @@ class MultiCropBatch:
     """All views of B images of one micro-batch on one rank."""
 
     views: dict[str, Crops]  # by ViewSpec.name, in the order of the recipe
-    index: Tensor  # [B] int64, position in the shard set
+    index: Tensor  # [B] int64, position in the shard set; on the host, where it keys random draws
     label: Tensor  # [B] int64, -1 where the data has none; for evaluation, never for a loss
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "MultiCropBatch":
-        """Return the batch on `device`."""
+        """Return the batch on `device`; the index stays on the host."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=non_blocking)
 
         return MultiCropBatch(
             {name: crops.map(move) for name, crops in self.views.items()},
-            move(self.index),
+            self.index,
             move(self.label),
         )

@@ -61,6 +61,6 @@ def assemble(
     device = next(iter(images.values())).device
     return MultiCropBatch(
         views=crops,
-        index=torch.from_numpy(np.asarray(index, np.int64).copy()).to(device),
+        index=torch.from_numpy(np.asarray(index, np.int64).copy()),
         label=torch.from_numpy(np.asarray(labels, np.int64).copy()).to(device),
     )
