@@ -86,7 +86,7 @@ class Source:
     def side(self) -> int:
         """Side of the input to compare on, in pixels: a plain ViT takes its own only."""
         patches = getattr(self.loaded.backbone.trunk, "patch_embed", None)
-        return 224 if patches is None else int(patches.img_size[0])
+        return 128 if patches is None else int(patches.img_size[0])
 
     @property
     def method(self) -> str | None:
