@@ -1,6 +1,7 @@
 """The command line: `python -m dataprep coco --src /data/coco --out shards/coco`, and `verify`."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 from types import FrameType
 
 from dataprep import scenes
-from dataprep.convert import convert
+from dataprep.convert import Manner, convert
 from dataprep.encode import EncodeOptions
 from dataprep.job import Job
 from dataprep.manifest import DataError
 from dataprep.pool import STOPPING
+from dataprep.progress import Progress
 from dataprep.sources import DATASETS, DEFAULT_SPLIT
 from dataprep.verify import verify
 
@@ -29,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     for number in STOPPING:
         signal.signal(number, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may be no text at all
     try:
         if options.dataset == "verify":
             return _verify(options)
@@ -46,8 +51,16 @@ def _convert(options: argparse.Namespace) -> None:
     source = options.src
     if options.dataset == "scenes":
         source = source or options.out.parent / f"{options.out.name}-source"
-        print(f"rendering {options.count:,} scenes to {source} ...", flush=True)
-        scenes.render(source, options.count, options.seed, workers=options.workers)
+        _say(f"rendering {options.count:,} scenes to {source} ...")
+        progress = Progress(options.count, sys.stderr)
+        scenes.render(
+            source,
+            options.count,
+            options.seed,
+            workers=options.workers,
+            progress=lambda done, _: progress.add(done - progress.done, 0, 0),
+        )
+        progress.close()
     job = Job(
         dataset=options.dataset,
         source=source,
@@ -58,24 +71,24 @@ def _convert(options: argparse.Namespace) -> None:
         shard_bytes=options.shard_mib << 20,
         limit=options.limit,
     )
-    convert(
-        job,
-        workers=options.workers,
-        max_bad=options.max_bad,
-        stream=sys.stderr,
-        say=lambda text: print(text, flush=True),
-    )
+    convert(job, Manner(options.workers, options.max_bad, sys.stderr, _say))
 
 
 def _verify(options: argparse.Namespace) -> int:
+    _say(f"verifying {options.out} ...")
     problems = verify(options.out, deep=not options.quick, workers=options.workers)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        print(f"error: {options.out}: {len(problems)} problems", file=sys.stderr)
+        count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+        print(f"error: {options.out}: {count}; convert it again", file=sys.stderr)
         return 2
     print(f"{options.out}: everything as the manifest says")
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +12,7 @@ import numpy as np
 from dataprep.files import replacing, sync_folder, write_whole
 from dataprep.manifest import BETON, MANIFEST, file_sha256
 from dataprep.parts import Records, payloads
+from dataprep.progress import Progress
 from dataprep.write_dali import plan_shards, write_shard
 from dataprep.write_ffcv import write_beton
 
@@ -25,12 +26,19 @@ def assemble(
     shard_bytes: int,
     paths: list[Path],
     records: Records,
+    progress: Progress,
 ) -> dict[str, Entry]:
     """Write the shards of each format and return {relative path: entry} of their files.
 
     A shard finished before is kept if its content still has the sha256 noted then.
     """
     files: dict[str, Entry] = {}
+
+    def counted(start: int, stop: int) -> Iterator[memoryview]:
+        for payload in payloads(paths, start, stop):
+            yield payload
+            progress.add(1, len(payload), 0)
+
     if "ffcv" in formats:
 
         def beton(file: BinaryIO) -> Entry:
@@ -39,7 +47,7 @@ def assemble(
                 sizes=records.sizes,
                 labels=records.labels,
                 lengths=records.lengths,
-                payloads=payloads(paths),
+                payloads=counted(0, len(records.names)),
             )
             return {"bytes": size, "sha256": sha256}
 
@@ -55,7 +63,7 @@ def assemble(
                     file,
                     start=start,
                     labels=records.labels[start:stop],
-                    payloads=payloads(paths, start, stop),
+                    payloads=counted(start, stop),
                 )
                 write_whole(out / f"{name}.idx", index, work)
                 return {"bytes": size, "sha256": sha256}

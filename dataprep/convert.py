@@ -9,32 +9,38 @@ again checks what is there and goes on; the result depends on the source and the
 
 import json
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from dataprep.assemble import assemble, write_manifest
 from dataprep.encode import versions
 from dataprep.files import explain, locked, write_whole
-from dataprep.job import Job, check_complete, prepare, same_job
+from dataprep.job import Job, check_complete, check_target, same_job
 from dataprep.manifest import FORMAT, MANIFEST, DataError
 from dataprep.parts import Ended, PartTask, Records, Reused, Started, encode_part, gather
 from dataprep.pool import run_tasks
 from dataprep.progress import Progress, duration, reasons, size, spread, table
 from dataprep.sources import Listing, list_source
 
+MANY_BAD = 100  # fewer never stop a conversion halfway: its end names them all
+EXAMPLES = 10  # of bad files that a stopped conversion shows
 
-def convert(
-    job: Job, *, workers: int, max_bad: float, stream: TextIO, say: Callable[[str], None]
-) -> None:
+
+@dataclass(frozen=True)
+class Manner:
+    """How a job is done; nothing of it shows in the result."""
+
+    workers: int  # processes
+    max_bad: float  # share of the files that may be bad; above it no shard is written
+    stream: TextIO  # where progress goes
+    say: Callable[[str], None]  # takes the sentences and tables for the user
+
+
+def convert(job: Job, manner: Manner) -> None:
     """Convert, continue a conversion, or find it complete.
-
-    Args:
-        job: what to convert into what.
-        workers: number of processes; does not change the result.
-        max_bad: share of files that may be bad before the conversion stops.
-        stream: where progress goes.
-        say: takes the sentences and the table for the user.
 
     Raises:
         DataError: the source or the target cannot be used, too many images are bad, the disk is
@@ -43,57 +49,64 @@ def convert(
     try:
         if (job.out / MANIFEST).is_file():
             count = check_complete(job).num_images
-            say(f"{job.out}: already complete, {count:,} images; delete it to convert again")
+            manner.say(f"{job.out}: already complete, {count:,} images; delete it to convert again")
             return
-        work = prepare(job)
+        work = check_target(job)
+        manner.say(f"listing {job.source / job.split} ...")
+        listing = list_source(job.dataset, job.source, job.split)
+        if job.limit:
+            listing = replace(listing.part(0, job.limit), skipped=listing.skipped)
+        work.mkdir(parents=True, exist_ok=True)
         with locked(work):
             if not (job.out / MANIFEST).is_file():
-                _convert(job, work, workers, max_bad, stream, say)
+                _convert(job, listing, work, manner)
         shutil.rmtree(work)
     except OSError as error:
         raise explain(error, job.out) from None
 
 
-def _convert(
-    job: Job, work: Path, workers: int, max_bad: float, stream: TextIO, say: Callable[[str], None]
-) -> None:
-    say(f"listing {job.source / job.split} ...")
-    listing = list_source(job.dataset, job.source, job.split)
-    if job.limit:
-        listing = Listing(
-            listing.where,
-            listing.names[: job.limit],
-            listing.table[: job.limit],
-            listing.classes,
-            listing.skipped,
-        )
-    same_job(job, listing, work)
+def _convert(job: Job, listing: Listing, work: Path, manner: Manner) -> None:
+    began = time.monotonic()
+    if same_job(job, listing, work):
+        manner.say(f"continuing what was begun in {job.out}")
     if versions()["simplejpeg"] is None:
-        say("simplejpeg is not installed: JPEG damage that Pillow does not notice will pass")
-    progress = Progress(len(listing), stream)
+        manner.say("simplejpeg is not installed: JPEG damage that Pillow overlooks will pass")
+    progress = Progress(len(listing), manner.stream)
     try:
-        paths = _encode(job, listing, work, workers, max_bad, progress)
+        paths = _encode(job, listing, work, manner, progress)
     finally:
         progress.close()
+    workers = f"{manner.workers} worker" + ("s" if manner.workers > 1 else "")
+    encoding = f"encoded in {duration(progress.seconds)} at {progress.rates()} by {workers}"
     records = gather(paths)
+    if len(records.quarantined) > manner.max_bad * len(listing):
+        _too_many_bad(job, work, records.quarantined, progress, manner)
     if not records.names:
         raise DataError(f"{job.source}: none of its {len(listing)} images can be used")
-    say(f"writing {' and '.join(job.formats)} shards of {len(records.names):,} images ...")
-    files = assemble(job.out, work, job.formats, job.shard_bytes, paths, records)
+    manner.say(f"writing {' and '.join(job.formats)} shards of {len(records.names):,} images ...")
+    writing = Progress(len(records.names) * len(job.formats), manner.stream)
+    try:
+        files = assemble(job.out, work, job.formats, job.shard_bytes, paths, records, writing)
+    finally:
+        writing.close()
     content = {"format": FORMAT, "num_images": len(records.names)} | job.describe()
     content |= {"classes": list(listing.classes), "versions": versions()}
     write_manifest(job.out, work, content, files, records, listing.skipped)
-    say(_summary(job, listing, records, files, progress, workers))
+    rows = _summary(job, listing, records, files)
+    if progress.reused:
+        rows.append(("encoded before", f"{progress.reused:,} images"))
+    fresh = progress.done > progress.reused
+    total = duration(time.monotonic() - began)
+    rows.append(("time", f"{total}; {encoding}" if fresh else total))
+    manner.say(f"{job.out} is complete:\n{table(rows)}")
 
 
 def _encode(
-    job: Job, listing: Listing, work: Path, workers: int, max_bad: float, progress: Progress
+    job: Job, listing: Listing, work: Path, manner: Manner, progress: Progress
 ) -> list[Path]:
     """Make all parts and return their paths in order."""
     count = len(listing)
-    step = min(
-        512, max(16, count // 64)
-    )  # parts do not show in the result, only in what a kill costs
+    step = min(512, max(64, count // 64))  # does not show in the result: what a kill may cost
     tasks = [
         PartTask(index, listing.part(start, start + step), work, job.encode)
         for index, start in enumerate(range(0, count, step))
@@ -110,43 +123,40 @@ def _encode(
         else:
             bad.extend(message.quarantined)
             progress.add(message.files, 0, len(message.quarantined), reused=True)
-        if len(bad) > max_bad * count:
-            _too_many_bad(job, work, bad, max_bad, progress)
+        if len(bad) > max(manner.max_bad * count, MANY_BAD):
+            _too_many_bad(job, work, bad, progress, manner)
         return None
 
-    for _ in run_tasks(encode_part, tasks, workers=min(workers, len(tasks)), hear=hear):
+    for _ in run_tasks(encode_part, tasks, workers=min(manner.workers, len(tasks)), hear=hear):
         pass
     return [task.path for task in tasks]
 
 
 def _too_many_bad(
-    job: Job, work: Path, bad: list[tuple[str, str]], max_bad: float, progress: Progress
-) -> None:
-    bad.sort()
-    lines = (json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in bad)
+    job: Job, work: Path, bad: list[tuple[str, str]], progress: Progress, manner: Manner
+) -> NoReturn:
+    """Show what is bad, note all of it down, and stop the conversion."""
+    bad = sorted(bad)
     path = work / "quarantine.jsonl"
+    lines = (json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in bad)
     write_whole(path, "".join(lines).encode(), work)
+    more = [("...", f"all in {path}")] if len(bad) > EXAMPLES else []
+    manner.say(f"bad: {reasons(bad)}\n{table([*bad[:EXAMPLES], *more])}")
     raise DataError(
-        f"{job.source}: {len(bad)} of the first {progress.done:,} images are bad ({reasons(bad)}; "
-        f"{bad[0][0]}: {bad[0][1]}; all in {path}), more than the share of {max_bad:g} allowed of "
+        f"{job.source}: {len(bad):,} bad among {progress.done:,} images, where --max-bad "
+        f"{manner.max_bad:g} allows {int(manner.max_bad * progress.total):,} of "
         f"{progress.total:,}; repeat the command with a larger --max-bad to leave them out, or "
         f"repair them, delete {job.out} and begin anew"
     )
 
 
 def _summary(
-    job: Job,
-    listing: Listing,
-    records: Records,
-    files: dict[str, dict[str, Any]],
-    progress: Progress,
-    workers: int,
-) -> str:
-    fresh = progress.done - progress.reused
-    stored = sum(entry["bytes"] for entry in files.values())
-    reused = f", {progress.reused:,} found from before" if progress.reused else ""
+    job: Job, listing: Listing, records: Records, files: dict[str, dict[str, Any]]
+) -> list[tuple[str, str]]:
+    """Return the rows of the table at the end."""
     bad, skipped = reasons(records.quarantined), reasons(listing.skipped)
-    rows = [
+    stored = sum(entry["bytes"] for entry in files.values())
+    return [
         ("images", f"{len(records.names):,} of {len(listing):,}"),
         ("classes", f"{len(listing.classes):,}" if listing.classes else "none"),
         ("quarantined", f"{bad} (quarantine.jsonl)" if bad else "none"),
@@ -156,10 +166,4 @@ def _summary(
         ("shorter side", f"{spread(records.sizes.min(axis=1))} px (min / median / max)"),
         ("longer side", f"{spread(records.sizes.max(axis=1))} px"),
         ("record", f"{spread(records.lengths)} bytes"),
-        (
-            "time",
-            f"{duration(progress.seconds)} with {workers} workers, "
-            f"{fresh / progress.seconds:,.0f} images/s{reused}",
-        ),
     ]
-    return f"{job.out} is complete:\n{table(rows)}"

@@ -68,10 +68,8 @@ def locked(folder: Path) -> Iterator[None]:
 def explain(error: OSError, target: Path) -> DataError:
     """Return a failed write as the one sentence the user needs."""
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DataError(f"{target}: {reason}; make room and repeat the command: it continues")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
         return DataError(f"{target}: cannot be written ({reason}); choose another OUT")
-    return DataError(
-        f"{error.filename or target}: {reason}; repeat the command once it is repaired"
-    )
+    return DataError(f"{error.filename or target}: {reason}; see to it and repeat the command")

@@ -37,8 +37,8 @@ class Job:
         }
 
 
-def prepare(job: Job) -> Path:
-    """Return OUT's working folder, made if OUT is new or empty."""
+def check_target(job: Job) -> Path:
+    """Return OUT's working folder, there or not; OUT must be new, empty, or begun before."""
     work = job.out / WORK
     if job.out.exists() and not job.out.is_dir():
         raise DataError(f"{job.out}: is a file; give a folder as OUT")
@@ -47,7 +47,6 @@ def prepare(job: Job) -> Path:
     root = (job.source / job.split).resolve()
     if root.is_dir() and job.out.resolve().is_relative_to(root):
         raise DataError(f"{job.out}: lies within the source {root}; give another OUT")
-    work.mkdir(parents=True, exist_ok=True)
     return work
 
 
@@ -60,13 +59,17 @@ def check_complete(job: Job) -> Manifest:
     return manifest
 
 
-def same_job(job: Job, listing: Listing, work: Path) -> None:
-    """Note down the job of a new OUT, or make sure that it is the one begun there."""
+def same_job(job: Job, listing: Listing, work: Path) -> bool:
+    """Return whether this job was begun in OUT before; if nothing was, note it down.
+
+    Raises:
+        DataError: another job was begun there, or the source or a library has changed since.
+    """
     mine = job.describe() | {"listing": listing.digest(), "versions": versions()}
     path = work / "job.json"
     if not path.is_file():
         write_whole(path, json.dumps(mine).encode(), work)
-        return
+        return False
     begun = json.loads(path.read_text())
     _compare(job, begun, mine, "an unfinished conversion")
     for key, what in (("listing", "the source has changed"), ("versions", "a library has changed")):
@@ -74,6 +77,7 @@ def same_job(job: Job, listing: Listing, work: Path) -> None:
             raise DataError(
                 f"{job.out}: {what} since its conversion began; delete it to begin anew"
             )
+    return True
 
 
 def _compare(job: Job, begun: dict[str, Any], mine: dict[str, Any], what: str) -> None:

@@ -47,7 +47,7 @@ class Manifest:
     source: Mapping[str, Any]  # dataset, path as given, split
     options: Mapping[str, Any]  # size, quality, ...
     versions: Mapping[str, Any]  # of the libraries that made the pixels
-    files: Mapping[str, Mapping[str, Any]]  # relative path -> {"bytes", "sha256"}
+    files: Mapping[str, Mapping[str, Any]] = field(repr=False)  # path -> {"bytes", "sha256"}
     num_quarantined: int
     sizes: np.ndarray = field(repr=False)  # int32 [n, 2] (height, width)
     labels: np.ndarray = field(repr=False)  # int64 [n]
@@ -91,8 +91,14 @@ class Manifest:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The id of each record: its path within the source."""
-        lines = (self.root / "names.txt").read_text().splitlines()
-        return tuple(json.loads(line) for line in lines)
+        path = self.root / "names.txt"
+        try:
+            names = tuple(json.loads(line) for line in path.read_text().splitlines())
+        except ValueError:
+            raise DataError(f"{path}: not a JSON string a line; convert the set again") from None
+        if len(names) != self.num_images:
+            raise DataError(f"{path}: {len(names)} names for {self.num_images} images")
+        return names
 
     @cached_property
     def checksums(self) -> np.ndarray:

@@ -128,7 +128,7 @@ def gather(paths: list[Path]) -> Records:
     )
 
 
-def payloads(paths: list[Path], start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+def payloads(paths: list[Path], start: int, stop: int) -> Iterator[memoryview]:
     """Yield the JPEG bytes of records [start, stop), in order.
 
     Raises:
@@ -139,13 +139,13 @@ def payloads(paths: list[Path], start: int = 0, stop: int | None = None) -> Iter
         part = _load(path)
         assert part is not None, "a part is missing after encoding"
         last = first + len(part["lengths"])
-        if (stop is None or first < stop) and last > start:
+        if first < stop and last > start:
             data = path.read_bytes()
             if hashlib.blake2b(data).hexdigest() != part["digest"]:
                 raise DataError(f"{path}: damaged on disk; repeat the command to make it again")
             offset = 0
             for index, length in enumerate(part["lengths"], first):
-                if index >= start and (stop is None or index < stop):
+                if start <= index < stop:
                     yield memoryview(data)[offset : offset + length]
                 offset += length
         first = last

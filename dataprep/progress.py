@@ -33,7 +33,7 @@ class Progress:
         if self.bar is not None:
             if reused:
                 self.bar.initial += files
-            self.bar.set_postfix_str(self._rates(), refresh=False)
+            self.bar.set_postfix_str(self.rates() + self._bad(), refresh=False)
             self.bar.update(files)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
@@ -50,20 +50,23 @@ class Progress:
         """Seconds since the beginning."""
         return max(time.monotonic() - self.began, 1e-3)
 
-    def _rates(self) -> str:
-        fresh = self.done - self.reused
-        rates = (
-            f"{fresh / self.seconds:,.0f} images/s, {self.bytes_in / 1e6 / self.seconds:,.1f} MB/s"
-        )
-        return rates + (f", {self.bad} bad" if self.bad else "")
+    def rates(self) -> str:
+        """Return what was done a second since the beginning."""
+        text = f"{(self.done - self.reused) / self.seconds:,.0f} images/s"
+        if self.bytes_in:
+            text += f", {self.bytes_in / 1e6 / self.seconds:,.1f} MB/s"
+        return text
+
+    def _bad(self) -> str:
+        return f", {self.bad:,} bad" if self.bad else ""
 
     def _line(self) -> str:
         fresh = self.done - self.reused
         left = (self.total - self.done) * self.seconds / fresh if fresh else 0.0
         share = 100 * self.done / self.total
         return (
-            f"{share:3.0f} %  {self.done:,} of {self.total:,} images, {self._rates()}, "
-            f"{duration(left)} left"
+            f"{share:3.0f} %  {self.done:,} of {self.total:,} images, {self.rates()}"
+            f"{self._bad()}, {duration(left)} left"
         )
 
 

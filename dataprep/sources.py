@@ -9,7 +9,7 @@ import hashlib
 import os
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,8 +52,9 @@ class Listing:
         return len(self.names)
 
     def part(self, start: int, stop: int) -> "Listing":
-        """Return the images [start, stop)."""
-        return Listing(self.where, self.names[start:stop], self.table[start:stop], self.classes, [])
+        """Return the images [start, stop), without the list of what was skipped."""
+        names, table = self.names[start:stop], self.table[start:stop]
+        return replace(self, names=names, table=table, skipped=[])
 
     def digest(self) -> str:
         """Return a sha256 in hex of names, sizes, labels and times of change."""
@@ -194,8 +195,8 @@ def _listing(
             images.append(latest[name])
     skipped.sort(key=lambda item: item[0].encode("utf-8", "surrogateescape"))
     if not images:
-        example = f" ({len(skipped)} files skipped, {skipped[0][0]}: {skipped[0][1]})"
-        raise DataError(f"{where / split}: no images in it" + (example if skipped else ""))
+        example = f" ({len(skipped)} skipped; {': '.join(skipped[0])})" if skipped else ""
+        raise DataError(f"{where / split}: no images in it{example}")
     names = [item.name for item in images]
     labels, classes = _labels(dataset, where, split, names)
     table = np.zeros(len(images), dtype=ENTRY)

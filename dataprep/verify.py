@@ -42,6 +42,8 @@ def verify(root: Path, deep: bool = True, workers: int = 1) -> list[str]:
     with ThreadPoolExecutor(workers) as threads:
         checks = threads.map(lambda item: _check_file(root / item[0], item[1]), listed.items())
         problems += [problem for problem in checks if problem]
+        if any(not _has_size(root / name, entry) for name, entry in listed.items()):
+            return sorted(problems)
         try:
             manifest = Manifest.load(root)
             problems += _check_arrays(manifest)
@@ -62,23 +64,25 @@ def _found(root: Path) -> set[str]:
 def _check_file(path: Path, entry: dict[str, Any]) -> str | None:
     if not path.is_file():
         return f"{path}: missing"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
+    if not _has_size(path, entry):
+        size = path.stat().st_size
         return f"{path}: {size:,} bytes where the manifest says {entry['bytes']:,}"
     if file_sha256(path) != entry["sha256"]:
         return f"{path}: its content is not what the manifest's sha256 says"
     return None
 
 
+def _has_size(path: Path, entry: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"]
+
+
 def _check_arrays(manifest: Manifest) -> Iterator[str]:
     """Yield what does not fit together among the arrays, the names and the metadata of FFCV."""
-    root, count = manifest.root, manifest.num_images
-    if len(manifest.names) != count:
-        yield f"{root / 'names.txt'}: {len(manifest.names)} names for {count} images"
-    if len(manifest.checksums) and (manifest.sizes <= 0).any():
+    root = manifest.root
+    if (manifest.sizes <= 0).any():
         yield f"{root / 'sizes.npy'}: has sizes below one pixel"
     known = len(manifest.classes)
-    if manifest.labels.min() < -1 or manifest.labels.max() >= max(known, 0):
+    if manifest.labels.min() < -1 or manifest.labels.max() >= known:
         yield f"{root / 'labels.npy'}: has labels outside of the {known} classes"
     if "ffcv" in manifest.formats:
         try:
