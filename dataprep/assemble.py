@@ -24,7 +24,6 @@ def assemble(
     work: Path,
     formats: tuple[str, ...],
     shard_bytes: int,
-    paths: list[Path],
     records: Records,
     progress: Progress,
 ) -> dict[str, Entry]:
@@ -35,7 +34,7 @@ def assemble(
     files: dict[str, Entry] = {}
 
     def counted(start: int, stop: int) -> Iterator[memoryview]:
-        for payload in payloads(paths, start, stop):
+        for payload in payloads(records, start, stop):
             yield payload
             progress.add(1, len(payload), 0)
 

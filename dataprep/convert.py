@@ -86,7 +86,7 @@ def _convert(job: Job, listing: Listing, work: Path, manner: Manner) -> None:
     manner.say(f"writing {' and '.join(job.formats)} shards of {len(records.names):,} images ...")
     writing = Progress(len(records.names) * len(job.formats), manner.stream)
     try:
-        files = assemble(job.out, work, job.formats, job.shard_bytes, paths, records, writing)
+        files = assemble(job.out, work, job.formats, job.shard_bytes, records, writing)
     finally:
         writing.close()
     content = {"format": FORMAT, "num_images": len(records.names)} | job.describe()

@@ -58,6 +58,14 @@ class PartTask:
         return self.work / f"part-{self.index:06d}.bin"
 
 
+class Part(NamedTuple):
+    """A finished part."""
+
+    path: Path
+    digest: str  # blake2b of the file
+    num_records: int
+
+
 @dataclass(frozen=True)
 class Records:
     """Everything about the records of a conversion but their bytes, in their final order."""
@@ -69,6 +77,7 @@ class Records:
     checksums: np.ndarray  # uint8 [n, 16]
     quarantined: list[tuple[str, str]]
     bytes_in: int
+    parts: list[Part]  # where the bytes are
 
 
 def encode_part(task: PartTask, tell: Tell) -> int:
@@ -109,11 +118,11 @@ def encode_part(task: PartTask, tell: Tell) -> int:
 
 def gather(paths: list[Path]) -> Records:
     """Return what the sidecars of all parts say, in order."""
-    parts = [_load(path) for path in paths]
-    assert all(part is not None for part in parts), "a part is missing after encoding"
+    parts = [part for path in paths if (part := _load(path)) is not None]
+    assert len(parts) == len(paths), "a part is missing after encoding"
 
     def column(key: str) -> list[Any]:
-        return [value for part in parts if part for value in part[key]]
+        return [value for part in parts for value in part[key]]
 
     return Records(
         names=column("names"),
@@ -124,30 +133,29 @@ def gather(paths: list[Path]) -> Records:
             -1, 16
         ),
         quarantined=[(name, reason) for name, reason in column("quarantined")],
-        bytes_in=sum(part["bytes_in"] for part in parts if part),
+        bytes_in=sum(part["bytes_in"] for part in parts),
+        parts=[Part(path, part["digest"], len(part["names"])) for path, part in zip(paths, parts)],
     )
 
 
-def payloads(paths: list[Path], start: int, stop: int) -> Iterator[memoryview]:
+def payloads(records: Records, start: int, stop: int) -> Iterator[memoryview]:
     """Yield the JPEG bytes of records [start, stop), in order.
 
     Raises:
         DataError: a part has been damaged since it was written.
     """
     first = 0
-    for path in paths:
-        part = _load(path)
-        assert part is not None, "a part is missing after encoding"
-        last = first + len(part["lengths"])
+    for part in records.parts:
+        last = first + part.num_records
         if first < stop and last > start:
-            data = path.read_bytes()
-            if hashlib.blake2b(data).hexdigest() != part["digest"]:
-                raise DataError(f"{path}: damaged on disk; repeat the command to make it again")
-            offset = 0
-            for index, length in enumerate(part["lengths"], first):
+            data = part.path.read_bytes()
+            if hashlib.blake2b(data).hexdigest() != part.digest:
+                raise DataError(f"{part.path}: damaged on disk; repeat the command to renew it")
+            end = 0
+            for index in range(first, last):
+                begin, end = end, end + int(records.lengths[index])
                 if start <= index < stop:
-                    yield memoryview(data)[offset : offset + length]
-                offset += length
+                    yield memoryview(data)[begin:end]
         first = last
 
 
