@@ -134,7 +134,7 @@ def draw_epoch(
     Raises:
         UserError: an anchor is not drawn earlier, or an image has a side above 32767 px.
     """
-    crops = _compile(views)
+    rules, numbers = _compile(views)
     if index is None:
         index = np.arange(len(sizes), dtype=np.int64)
     _check_sizes(sizes)
@@ -142,13 +142,13 @@ def draw_epoch(
     index = np.ascontiguousarray(index, dtype=np.int64)
     key = key_of(seed, STREAM, epoch)
     plan = CropPlan(
-        boxes=np.empty((len(index), len(crops), 4), np.int16),
-        flipped=np.empty((len(index), len(crops)), np.bool_),
+        boxes=np.empty((len(index), len(rules), 4), np.int16),
+        flipped=np.empty((len(index), len(rules)), np.bool_),
     )
 
     def fill(start: int) -> None:
         part = slice(start, start + _IMAGES_PER_TASK)
-        _draw(plan.boxes[part], plan.flipped[part], sizes, index[part], key, crops)
+        _draw(plan.boxes[part], plan.flipped[part], sizes, index[part], key, rules, numbers)
 
     # Plain threads instead of numba's: its threading layers do not all bear a second parallel loop
     # in the thread of a loader, and this one compiles in a third of the time.
@@ -161,45 +161,33 @@ def draw_epoch(
     return plan
 
 
-_CROP = np.dtype(
-    [
-        ("kind", np.int64),
-        ("first", np.int64),  # the anchor is the hull of the crops first .. last - 1
-        ("last", np.int64),
-        ("amount", np.float64),
-        ("scale", np.float64, (2,)),
-        ("ratio", np.float64, (2,)),
-        ("log_ratio", np.float64, (2,)),
-        ("flip", np.float64),
-    ],
-    align=True,
-)
+def _compile(views: Sequence[ViewSpec]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the recipe of V crops as two tables: int64 [V, 3] and float64 [V, 8].
 
-
-def _compile(views: Sequence[ViewSpec]) -> np.ndarray:
-    """Return the recipe as one `_CROP` record per crop."""
+    The first holds kind, first and last: the anchor is the hull of the crops first .. last - 1. The
+    second holds scale (low, high), ratio (low, high), its logarithm (low, high), flip and amount.
+    """
     where = positions(views)
     if len(where) != len(views):
         raise UserError(f"views: two of them have the same name among {[v.name for v in views]}")
     by_name = {view.name: view for view in views}
-    crops = np.zeros(sum(view.count for view in views), _CROP)
+    rules, numbers = [], []
     for view in views:
         own = where[view.name]
         for position in range(own.start, own.stop):
-            crop = crops[position]
-            crop["scale"], crop["ratio"], crop["flip"] = view.scale, view.ratio, view.flip
-            crop["log_ratio"] = np.log(view.ratio)
+            rule, amount = (_FREE, 0, 0), 0.0
             if view.twin_of is not None:
-                anchor = _twin_anchor(view, by_name, where)
-                crop["kind"] = _TWIN
-                crop["first"] = anchor.start + position - own.start
-                crop["last"] = crop["first"] + 1
+                first = _twin_anchor(view, by_name, where).start + position - own.start
+                rule = (_TWIN, first, first + 1)
             elif view.near is not None:
                 anchor = _anchor(view, where)
                 if anchor.stop <= position:
-                    crop["kind"], crop["amount"] = _KINDS[view.near.kind], view.near.amount
-                    crop["first"], crop["last"] = anchor.start, anchor.stop
-    return crops
+                    rule = (_KINDS[view.near.kind], anchor.start, anchor.stop)
+                    amount = view.near.amount
+            log_ratio = np.log(view.ratio)
+            rules.append(rule)
+            numbers.append((*view.scale, *view.ratio, *log_ratio, view.flip, amount))
+    return np.array(rules, np.int64), np.array(numbers, np.float64)
 
 
 def _anchor(view: ViewSpec, where: dict[str, slice]) -> slice:
@@ -251,90 +239,68 @@ def _check_sizes(sizes: np.ndarray) -> None:
         )
 
 
-@nb.njit(nogil=True)
-def _draw(boxes, flipped, sizes, index, epoch_key, crops):  # noqa: ANN001, ANN202
+@nb.njit(nogil=True, error_model="numpy")
+def _draw(boxes, flipped, sizes, index, epoch_key, rules, numbers):  # noqa: ANN001, ANN202
     """Fill boxes [m, V, 4] and flipped [m, V] for the images `index`."""
     for row in range(len(index)):
         image_key = fold(epoch_key, index[row])
         height, width = np.int64(sizes[index[row], 0]), np.int64(sizes[index[row], 1])
-        for v in range(len(crops)):
-            crop = crops[v]
-            if crop.kind == _TWIN:
-                boxes[row, v] = boxes[row, crop.first]
-                flipped[row, v] = flipped[row, crop.first]
+        for v in range(len(rules)):
+            kind, first, last = rules[v, 0], rules[v, 1], rules[v, 2]
+            if kind == _TWIN:
+                for side in range(4):
+                    boxes[row, v, side] = boxes[row, first, side]
+                flipped[row, v] = flipped[row, first]
                 continue
             key = fold(image_key, v)
-            flipped[row, v] = uniform(key, 0) < crop.flip
-            if crop.kind == _FREE:
-                top, left, h, w = _free(key, 1, height, width, crop)
-            else:
-                anchor = _hull(boxes[row], crop.first, crop.last)
-                if crop.kind == _OVERLAP:
-                    top, left, h, w = _overlapping(key, 1, height, width, crop, anchor)
-                else:
-                    top, left, h, w = _pulled(key, 1, height, width, crop, anchor)
+            flipped[row, v] = uniform(key, 0) < numbers[v, 6]
+            # Three kinds, one call site of the sampler: what is compiled stays small.
+            amount = numbers[v, 7]
+            x0 = y0 = np.int64(0)
+            x1, y1 = width, height
+            if kind != _FREE:
+                x0, y0, x1, y1 = _hull(boxes, row, first, last)
+            least = amount if kind == _OVERLAP else -1.0
+            top, left, h, w = _sample(key, height, width, numbers[v], least, x0, y0, x1, y1)
+            if kind == _PULL:
+                top = _pull(top, h, y0, y1, height, amount)
+                left = _pull(left, w, x0, x1, width, amount)
             boxes[row, v, 0] = left
             boxes[row, v, 1] = top
             boxes[row, v, 2] = left + w
             boxes[row, v, 3] = top + h
 
 
-@nb.njit
-def _shape(key, counter, height, width, crop):  # noqa: ANN001, ANN202
-    """Return sampled area (px^2), box height and width of the attempt whose draws start at counter."""
-    low, high = crop.scale[0], crop.scale[1]
-    area = height * width * (low + (high - low) * uniform(key, counter))
-    low, high = crop.log_ratio[0], crop.log_ratio[1]
-    ratio = np.exp(low + (high - low) * uniform(key, counter + 1))
-    return area, np.int64(np.rint(np.sqrt(area / ratio))), np.int64(np.rint(np.sqrt(area * ratio)))
+@nb.njit(error_model="numpy")
+def _sample(key, height, width, number, least, x0, y0, x1, y1):  # noqa: ANN001, ANN202
+    """Return (top, left, height, width) of torchvision's RandomResizedCrop.
 
-
-@nb.njit
-def _free(key, counter, height, width, crop):  # noqa: ANN001, ANN202
-    """Return (top, left, height, width) of torchvision's RandomResizedCrop."""
-    for attempt in range(ATTEMPTS):
-        at = counter + 4 * attempt
-        _, h, w = _shape(key, at, height, width, crop)
+    With `least` >= 0 the first ATTEMPTS attempts count only where at least that share of their
+    area, as sampled, lies in the anchor (x0, y0, x1, y1); after them come as many free ones.
+    """
+    constrained = ATTEMPTS if least >= 0 else 0
+    for attempt in range(constrained + ATTEMPTS):
+        at = 1 + 4 * attempt
+        area = height * width * (number[0] + (number[1] - number[0]) * uniform(key, at))
+        ratio = np.exp(number[4] + (number[5] - number[4]) * uniform(key, at + 1))
+        w = np.int64(np.rint(np.sqrt(area * ratio)))
+        h = np.int64(np.rint(np.sqrt(area / ratio)))
         if 0 < w <= width and 0 < h <= height:
             top = np.int64(uniform(key, at + 2) * (height - h + 1))
             left = np.int64(uniform(key, at + 3) * (width - w + 1))
-            return top, left, h, w
+            shared_h = max(min(top + h, y1) - max(top, y0), 0)
+            shared_w = max(min(left + w, x1) - max(left, x0), 0)
+            if attempt >= constrained or shared_h * shared_w >= least * area:
+                return top, left, h, w
     h, w = height, width
-    if width / height < crop.ratio[0]:
-        h = max(np.int64(np.rint(width / crop.ratio[0])), np.int64(1))
-    elif width / height > crop.ratio[1]:
-        w = max(np.int64(np.rint(height * crop.ratio[1])), np.int64(1))
+    if width / height < number[2]:
+        h = max(np.int64(np.rint(width / number[2])), 1)
+    elif width / height > number[3]:
+        w = max(np.int64(np.rint(height * number[3])), 1)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@nb.njit
-def _overlapping(key, counter, height, width, crop, anchor):  # noqa: ANN001, ANN202
-    """Return a box with at least `amount` of its sampled area in the anchor, or else a free one."""
-    x0, y0, x1, y1 = anchor
-    for attempt in range(ATTEMPTS):
-        at = counter + 4 * attempt
-        area, h, w = _shape(key, at, height, width, crop)
-        if 0 < w <= width and 0 < h <= height:
-            top = np.int64(uniform(key, at + 2) * (height - h + 1))
-            left = np.int64(uniform(key, at + 3) * (width - w + 1))
-            shared_h = max(min(top + h, y1) - max(top, y0), np.int64(0))
-            shared_w = max(min(left + w, x1) - max(left, x0), np.int64(0))
-            if shared_h * shared_w >= crop.amount * area:
-                return top, left, h, w
-    return _free(key, counter + 4 * ATTEMPTS, height, width, crop)
-
-
-@nb.njit
-def _pulled(key, counter, height, width, crop, anchor):  # noqa: ANN001, ANN202
-    """Return a free box moved towards the anchor, axis by axis."""
-    x0, y0, x1, y1 = anchor
-    top, left, h, w = _free(key, counter, height, width, crop)
-    top = _pull(top, h, y0, y1, height, crop.amount)
-    left = _pull(left, w, x0, x1, width, crop.amount)
-    return top, left, h, w
-
-
-@nb.njit
+@nb.njit(error_model="numpy")
 def _pull(start, extent, low, high, side, amount):  # noqa: ANN001, ANN202
     """Return `start` moved so that [start, start + extent) shares `amount` of the smaller extent.
 
@@ -350,12 +316,14 @@ def _pull(start, extent, low, high, side, amount):  # noqa: ANN001, ANN202
     return max(min(start, side - extent), 0)
 
 
-@nb.njit
-def _hull(boxes, first, last):  # noqa: ANN001, ANN202
-    """Return (x0, y0, x1, y1) around the boxes first .. last - 1."""
-    x0, y0 = np.int64(boxes[first, 0]), np.int64(boxes[first, 1])
-    x1, y1 = np.int64(boxes[first, 2]), np.int64(boxes[first, 3])
-    for v in range(first + 1, last):
-        x0, y0 = min(x0, np.int64(boxes[v, 0])), min(y0, np.int64(boxes[v, 1]))
-        x1, y1 = max(x1, np.int64(boxes[v, 2])), max(y1, np.int64(boxes[v, 3]))
+@nb.njit(error_model="numpy")
+def _hull(boxes, row, first, last):  # noqa: ANN001, ANN202
+    """Return (x0, y0, x1, y1) around the boxes first .. last - 1 of a row."""
+    x0 = y0 = np.int64(MAX_SIDE_PX)
+    x1 = y1 = np.int64(0)
+    for v in range(first, last):
+        x0 = min(x0, np.int64(boxes[row, v, 0]))
+        y0 = min(y0, np.int64(boxes[row, v, 1]))
+        x1 = max(x1, np.int64(boxes[row, v, 2]))
+        y1 = max(y1, np.int64(boxes[row, v, 3]))
     return x0, y0, x1, y1
