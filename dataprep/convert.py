@@ -67,6 +67,8 @@ def convert(job: Job, manner: Manner) -> None:
 
 def _convert(job: Job, listing: Listing, work: Path, manner: Manner) -> None:
     began = time.monotonic()
+    for stale in work.glob("*.tmp"):  # a killed process leaves what it was writing
+        stale.unlink(missing_ok=True)
     if same_job(job, listing, work):
         manner.say(f"continuing what was begun in {job.out}")
     if versions()["simplejpeg"] is None:

@@ -16,6 +16,7 @@ A shard set is a folder:
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,6 +122,7 @@ class RecordReader:
     """Random access to the JPEG bytes of a complete shard set.
 
     Safe to share between threads and across fork (positional reads only), and picklable (it reopens).
+    `close()` closes the files at once; otherwise they go with the reader.
     """
 
     def __init__(self, manifest: Manifest, kind: str | None = None) -> None:
@@ -146,7 +148,8 @@ class RecordReader:
                 f"{manifest.num_images}; convert it again"
             )
         self._paths, self._offsets, self._lengths, self._owner = paths, offsets, lengths, owner
-        self._files = [path.open("rb", buffering=0) for path in paths]
+        self._files = [os.open(path, os.O_RDONLY) for path in paths]
+        self.close = weakref.finalize(self, _close_all, self._files)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -158,15 +161,10 @@ class RecordReader:
             DataError: the file ends before the record does.
         """
         owner, length = int(self._owner[index]), int(self._lengths[index])
-        data = os.pread(self._files[owner].fileno(), length, int(self._offsets[index]))
+        data = os.pread(self._files[owner], length, int(self._offsets[index]))
         if len(data) != length:
             raise DataError(f"{self._paths[owner]}: ends within record {index}; convert it again")
         return data
-
-    def close(self) -> None:
-        """Close the files; the reader cannot be used after."""
-        for file in self._files:
-            file.close()
 
     def __enter__(self) -> "RecordReader":
         return self
@@ -255,6 +253,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if missing:
         raise DataError(f"{path}: lacks {', '.join(missing)}; convert the set again")
     return data
+
+
+def _close_all(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 def _reopen(root: Path, kind: str) -> RecordReader:
