@@ -51,7 +51,7 @@ bench-data: setup ## images/s of every loader beside the peers' way   DATA=shard
 
 lint: setup ## style, types, import rules, spelling
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/pyright
+	@$(VENV)/bin/basedpyright --pythonpath $(PY)
 	@$(VENV)/bin/lint-imports --no-cache
 	@$(VENV)/bin/codespell dataprep dense_ssl kernels configs tests docs README.md Makefile
 

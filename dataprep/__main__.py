@@ -104,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     for name in DATASETS:
         command = commands.add_parser(name, help=f"convert {about[name]}")
         add = command.add_argument
-        add("--src", type=Path, required=name != "scenes", help="the data set's folder or archive")
+        add("--src", type=_path, required=name != "scenes", help="the data set's folder or archive")
         add("--split", default=DEFAULT_SPLIT[name], help="folder of images within it (%(default)s)")
-        add("--out", type=Path, required=True, help="folder of the shard set")
+        add("--out", type=_path, required=True, help="folder of the shard set")
         add("--format", choices=FORMATS, default="both", help="shards to write (%(default)s)")
         add(
             "--size",
@@ -123,10 +123,16 @@ def _parser() -> argparse.ArgumentParser:
             add("--count", type=_at_least(1), default=2000, help="scenes to render (%(default)s)")
             add("--seed", type=int, default=0, help="seed of the scenes (%(default)s)")
     command = commands.add_parser("verify", help="re-check a shard set against its manifest")
-    command.add_argument("out", type=Path, help="folder of the shard set")
+    command.add_argument("out", type=_path, help="folder of the shard set")
     command.add_argument("--quick", action="store_true", help="files only, no decoding of records")
     command.add_argument("--workers", type=_at_least(1), default=processors, help="threads")
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("empty; give a folder")
+    return Path(text)
 
 
 def _at_least(minimum: int):  # noqa: ANN202 - argparse names the type in its messages

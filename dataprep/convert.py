@@ -20,7 +20,16 @@ from dataprep.encode import versions
 from dataprep.files import explain, locked, write_whole
 from dataprep.job import Job, check_complete, check_target, same_job
 from dataprep.manifest import FORMAT, MANIFEST, DataError
-from dataprep.parts import Ended, PartTask, Records, Reused, Started, encode_part, gather
+from dataprep.parts import (
+    Ended,
+    PartTask,
+    Records,
+    Reused,
+    Started,
+    encode_part,
+    gather,
+    plan_parts,
+)
 from dataprep.pool import run_tasks
 from dataprep.progress import Progress, duration, reasons, size, spread, table
 from dataprep.sources import Listing, list_source
@@ -108,10 +117,9 @@ def _encode(
 ) -> list[Path]:
     """Make all parts and return their paths in order."""
     count = len(listing)
-    step = min(512, max(64, count // 64))  # does not show in the result: what a kill may cost
     tasks = [
-        PartTask(index, listing.part(start, start + step), work, job.encode)
-        for index, start in enumerate(range(0, count, step))
+        PartTask(index, listing.part(start, stop), work, job.encode)
+        for index, (start, stop) in enumerate(plan_parts(listing))
     ]
     bad: list[tuple[str, str]] = []
 

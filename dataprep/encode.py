@@ -30,7 +30,8 @@ except ImportError:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # none runs a program
 MAX_PIXELS = 120_000_000  # read from the header, before any memory is asked for
 MAX_SIDE = 65_500  # libjpeg's limit
-MAX_SCANS = 100  # of a progressive JPEG: about ten are usual, each costs a pass over the image
+MAX_SCANS = 100  # of a progressive JPEG: about ten are usual, each costs a pass over the image,
+MAX_SCANNED = 3_000_000_000  # so this many pixels in all scans together
 DRAFT_PIXELS = 16_000_000  # JPEGs above are shrunk by libjpeg while decoding, to twice the size
 SRGB = ImageCms.createProfile("sRGB")
 SRGB_TOLERANCE = 3  # of 255; a profile that moves no colour further is taken for sRGB itself
@@ -135,8 +136,8 @@ def _encode(data: bytes, options: EncodeOptions, remarks: list[Any]) -> Encoded:
         layout = None
         if image.format in ("JPEG", "MPO"):  # MPO: several JPEGs in one file
             layout = read_layout(data)
-            if layout and layout.scans > MAX_SCANS:
-                raise BadImage(f"too many scans: {layout.scans}, the limit is {MAX_SCANS}")
+            if layout and layout.scans > min(MAX_SCANS, MAX_SCANNED / (width * height)):
+                raise BadImage(f"too many scans: {layout.scans} of {width} x {height} pixels")
             pixels = _decode_jpeg(data, image, _draft_factor(image.size, options.size))
         else:
             image.load()

@@ -20,6 +20,8 @@ from dataprep.manifest import DataError, record_checksum
 from dataprep.pool import Tell
 from dataprep.sources import Listing, Reader, Unreadable
 
+PART_BYTES = 256 << 20  # of source files
+
 
 class Started(NamedTuple):
     """A worker's word: this is the file I open now."""
@@ -78,6 +80,23 @@ class Records:
     quarantined: list[tuple[str, str]]
     bytes_in: int
     parts: list[Part]  # where the bytes are
+
+
+def plan_parts(listing: Listing) -> list[tuple[int, int]]:
+    """Return the stretches [start, stop) of a listing that become parts.
+
+    They do not show in the result. Small enough that a kill costs little and that a part fits into
+    memory, large enough that there are not too many.
+    """
+    files = min(512, max(64, len(listing) // 64))
+    parts: list[tuple[int, int]] = []
+    start = size = 0
+    for index, length in enumerate(listing.table["size"].tolist()):
+        if index - start == files or (index > start and size + length > PART_BYTES):
+            parts.append((start, index))
+            start, size = index, 0
+        size += length
+    return [*parts, (start, len(listing))]
 
 
 def encode_part(task: PartTask, tell: Tell) -> int:

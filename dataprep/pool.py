@@ -1,5 +1,6 @@
 """Worker processes that say what they are at, so that one that dies is reported and not waited for."""
 
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -94,6 +95,9 @@ def _serve(connection: Connection, job: Callable[[Any, Tell], Any]) -> None:
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 2)  # libtiff writes about broken files there, across the progress bar
+    os.close(silence)
     try:
         while True:
             task = connection.recv()

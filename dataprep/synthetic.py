@@ -1,4 +1,4 @@
-"""Small images whose content is known exactly: for tests, smoke runs and benches. No data needed."""
+"""Small images whose content is known exactly, for tests, smoke runs and benches."""
 
 from collections.abc import Sequence
 from pathlib import Path

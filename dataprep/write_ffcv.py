@@ -159,6 +159,9 @@ def _header(path: Path) -> np.ndarray:
     header = np.fromfile(path, HEADER, count=1)
     if len(header) != 1 or header["version"][0] != VERSION or header["num_fields"][0] != 2:
         raise ValueError(f"{path}: not an FFCV file of version {VERSION} with two fields")
+    end = path.stat().st_size
+    if header["table"][0] > end or header["num_samples"][0] > end // SAMPLE.itemsize:
+        raise ValueError(f"{path}: its header is damaged")
     return header[0]
 
 

@@ -58,7 +58,11 @@ def validate(model: type[ConfigT], data: Mapping[str, Any], origin: str) -> Conf
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one `a.b.0.c=value` in nested mappings and lists; the value is read as YAML."""
+    """Set one `a.b.0.c=value` in nested mappings and lists; the value is read as YAML.
+
+    A number for a key that holds a schedule moves the schedule's start and keeps its shape:
+    `optim.lr=0.1` is still a cosine. A mapping replaces the schedule.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r}: write it as key.sub=value")
@@ -79,6 +83,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             raise UserError(f"{key}: {part!r} holds {node!r}, which has no keys below it")
     if isinstance(node, list):
         node[_position(node, last, key)] = value
+    elif isinstance(node.get(last), dict) and "start" in node[last] and not isinstance(value, dict):
+        node[last]["start"] = value
     else:
         node[last] = value
 

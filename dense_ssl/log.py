@@ -173,10 +173,10 @@ class StepClock:
         """Add source images trained on, over all ranks."""
         self._images += images
 
-    def read(self) -> tuple[float, float, float]:
-        """Return images/s, share of time waiting for data, and seconds, then start again."""
+    def read(self) -> tuple[float, float]:
+        """Return images/s and the share of time spent waiting for data, then start again."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
-        result = self._images / elapsed, min(self._waited / elapsed, 1.0), elapsed
+        result = self._images / elapsed, min(self._waited / elapsed, 1.0)
         self.restart()
         return result
 

@@ -129,7 +129,7 @@ def train(config: RunConfig) -> int:
     # --- ranks ---------------------------------------------------------------------------------
     world = init_world(config.run.device)
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, _claimed(Path(config.run.dir), world):
             return _train(config, world, stop)
     finally:
         close_world(world)
@@ -138,7 +138,6 @@ def train(config: RunConfig) -> int:
 def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
     train_cfg, run_cfg = config.train, config.run
     folder = Path(run_cfg.dir)
-    lock = _claim(folder, config) if world.rank == 0 else None
 
     # --- data: source, order, plan and loader ----------------------------------------------------
     source = open_source(config.data)
@@ -192,6 +191,7 @@ def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
 
     def save(step: int) -> None:
         if world.rank == 0:
+            _check_finite(method, step)
             payload = {
                 "step": step,
                 "epoch": step / order.steps_per_epoch,
@@ -207,7 +207,7 @@ def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
             )
 
     # --- loop --------------------------------------------------------------------------------------
-    loader = make_loader(config.data, views, order, world.device)
+    loader = make_loader(config.data, views, order, world.device, source)
     agreement = Agreement(world)
     clock = StepClock()
     saved_at = done
@@ -244,7 +244,7 @@ def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
 
                 if done % run_cfg.log_every_steps == 0 or done == last_step:
                     means = _read_means(meter, done)
-                    images_per_s, data_wait, elapsed = clock.read()
+                    images_per_s, data_wait = clock.read()
                     if log is not None:
                         log.write(
                             {
@@ -278,8 +278,6 @@ def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
     if world.rank == 0:
         sys.stdout.write(f"weights sha256: {weights_sha256(method.state_dict())}\n")
         sys.stdout.flush()
-    if lock is not None:
-        lock.close()
     return DONE
 
 
@@ -391,17 +389,36 @@ def _read_means(meter: Meter, step: int) -> dict[str, float]:
     return means
 
 
-def _claim(folder: Path, config: RunConfig) -> Any:
-    """Make the run's folder and hold it against a second process; the lock dies with this one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+def _check_finite(method: Method, step: int) -> None:
+    """Refuse to save weights that are not finite; only called where a checkpoint is written."""
+    norms = torch._foreach_norm([p.detach() for p in method.student.parameters()])
+    if not torch.stack(norms).isfinite().all():
         raise UserError(
-            f"run.dir: another process is training in {config.run.dir}; wait, or take another RUN"
+            f"weights are not finite at step {step}: training diverged. The checkpoints before it are "
+            "intact; lower optim.lr, or train.precision=fp32"
+        )
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, world: World) -> Iterator[None]:
+    """Make the run's folder and hold it against a second process; the lock dies with this one."""
+    if world.rank != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run.dir: {folder} cannot be made ({error.strerror}); choose another RUN"
         ) from None
-    return lock
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run.dir: another process is training in {folder}; wait for it, or take another RUN"
+            ) from None
+        yield
 
 
 def _fingerprint(source: ImageSource) -> dict[str, Any]:

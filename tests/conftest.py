@@ -8,7 +8,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(2)
+# One thread: networks here are tiny, and OpenMP's spinning threads starve each other on busy machines.
+# Processes that tests start inherit it, so that their results are the same to the bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

@@ -10,7 +10,11 @@ from dense_ssl.config import UserError
 
 
 def payload(step):
-    return {"step": step, "method": {"w": torch.full((100,), float(step))}, "config": {"a": [1, "b"]}}
+    return {
+        "step": step,
+        "method": {"w": torch.full((100,), float(step))},
+        "config": {"a": [1, "b"]},
+    }
 
 
 def test_round_trip_and_last(tmp_path):
@@ -27,7 +31,9 @@ def test_rotation_keeps_the_newest_and_the_marked(tmp_path):
         checkpoint.save(tmp_path, payload(step), keep=2, keep_every=3)
     kept = sorted(int(p.stem.removeprefix("step-")) for p in tmp_path.glob("step-*.pt"))
     assert kept == [3, 6, 7]
-    assert {p.stem for p in tmp_path.glob("step-*.json")} == {p.stem for p in tmp_path.glob("step-*.pt")}
+    assert {p.stem for p in tmp_path.glob("step-*.json")} == {
+        p.stem for p in tmp_path.glob("step-*.pt")
+    }
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no_record", "empty"])

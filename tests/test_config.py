@@ -35,7 +35,10 @@ def test_every_recipe_says_command_hardware_and_result(path):
         ("optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("trian.epochs=1", "trian: unknown key; did you mean train"),
         ("epochs=3", "epochs: unknown key; did you mean train.epochs?"),
-        ("train.batch_size=0", "train.batch_size: Input should be greater than or equal to 1 (got 0)"),
+        (
+            "train.batch_size=0",
+            "train.batch_size: Input should be greater than or equal to 1 (got 0)",
+        ),
         ("train.precision=half", "train.precision: Input should be 'bf16', 'fp16' or 'fp32'"),
         ("method.name=dino9", "method: Input tag 'dino9'"),
         ("method.views.0.size=big", "method.densecl.views.0.size: Input should be a valid integer"),
@@ -61,7 +64,9 @@ def test_missing_keys_and_files_are_named(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UserError, match="expected a mapping"):
         load(RunConfig, tmp_path / "list.yaml")
-    with pytest.raises(UserError, match=r"METHOD=nope: no such recipe in configs/; there are .*densecl"):
+    with pytest.raises(
+        UserError, match=r"METHOD=nope: no such recipe in configs/; there are .*densecl"
+    ):
         recipe_path("nope")
 
 
@@ -70,6 +75,13 @@ def test_overrides_read_yaml_and_build_missing_sections():
     apply_override(data, "a.b.1=[3, 4]")
     apply_override(data, "c.d=1e-3")
     assert data == {"a": {"b": [1, [3, 4]]}, "c": {"d": "1e-3"}}
+
+
+def test_a_number_moves_the_start_of_a_schedule_and_a_mapping_replaces_it():
+    moved = load(RunConfig, recipe_path("densecl"), [*GIVEN, "optim.lr=0.1"]).optim.lr
+    assert (moved.start, moved.shape, moved.per) == (0.1, "cosine", "epoch")
+    flat = load(RunConfig, recipe_path("densecl"), [*GIVEN, "optim.lr={start: 1, shape: constant}"])
+    assert flat.optim.lr.shape == "constant"
 
 
 def test_text_that_yaml_leaves_as_text_becomes_the_float_it_says():

@@ -17,8 +17,8 @@ from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec, draw_epoch
 
 SIZE, BATCH = 64, 4
-RESNET = BackboneConfig(name="resnet18", bn_groups=2)
-VIT = BackboneConfig(name="vit_tiny_patch16_224", init="timm")
+RESNET = BackboneConfig(name="test_resnet", bn_groups=2)
+VIT = BackboneConfig(name="test_vit", init="timm")
 VIEWS = (ViewSpec(name="global", count=2, size=SIZE, photometric="moco_v2"),)
 CONTRASTIVE = {"views": VIEWS, "out_dim": 16, "hidden_dim": 32, "queue_length": 24}
 
@@ -142,7 +142,7 @@ def test_accumulation_of_halves_is_the_mean_of_their_losses_and_both_keys_enqueu
 
 
 def test_queue_holds_the_newest_keys_and_wraps():
-    config = CONFIGS["moco-resnet18"]
+    config = CONFIGS["moco-test_resnet"]
     method, optimizer = fresh(config)
     for index in range(7):  # 7 x 4 keys in a queue of 24
         take_step(method, optimizer, config, index)
@@ -159,7 +159,7 @@ def test_a_queue_shorter_than_a_step_is_refused():
 
 
 def test_densecl_keys_are_pooled_before_normalising():
-    config = CONFIGS["densecl-resnet18"]
+    config = CONFIGS["densecl-test_resnet"]
     method, _ = fresh(config)
     images = batch_for(config).views["global"].images[1]
     with torch.no_grad():

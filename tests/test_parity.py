@@ -144,7 +144,9 @@ def test_voc_rules():
 
 
 def test_specified_pool_shapes():
-    maps = [torch.ones(1, c, s, s) for c, s in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))]
+    maps = [
+        torch.ones(1, c, s, s) for c, s in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
+    ]
     pooled = parity.specified_pool(maps)
     assert [p.shape[1] for p in pooled] == [9216, 9216, 8192, 9216, 8192]
     assert pooled[0].min() < 1  # padding counts as zeros in feat1

@@ -12,7 +12,9 @@ def inputs(n, k, d, dtype=torch.float32):
     return q, positive, queue
 
 
-@pytest.mark.parametrize(("n", "k", "d"), [(5, 7, 3), (1, 1, 1), (33, 20, 8), (4, 16, 128), (0, 5, 4)])
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(5, 7, 3), (1, 1, 1), (33, 20, 8), (4, 16, 128), (0, 5, 4)]
+)
 @pytest.mark.parametrize("temperature", [0.2, 0.01])
 def test_loss_and_gradient_err_no_more_than_the_plain_form(n, k, d, temperature, monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", 6)  # several ragged blocks

@@ -19,9 +19,9 @@ def make_backbone(config: BackboneConfig) -> Backbone:
         UserError: timm has no such model, or it is neither a ResNet nor a ViT.
     """
     name = config.name
-    if name.startswith(("resnet", "wide_resnet", "resnext")):
+    if name.startswith(("resnet", "wide_resnet", "resnext", "test_resnet")):
         return ResNetBackbone(config)
-    if name.startswith(("vit_", "deit_")):
+    if name.startswith(("vit_", "deit_", "test_vit")):
         return ViTBackbone(config)
     raise UserError(
         f"method.backbone.name: {name!r} is not supported; take a timm ResNet (resnet18, resnet50, "

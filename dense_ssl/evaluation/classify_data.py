@@ -79,7 +79,7 @@ def open_class_folders(root: Path, protocol: str) -> ClassifyData:
             labels += [classes.index(name)] * len(paths)
         require_some(pictures, str(folder), omitted)
         parts.append(LabelledPictures(tuple(pictures), torch.tensor(labels)))
-    return ClassifyData(protocol, tuple(classes), *parts, omitted)
+    return ClassifyData(protocol, tuple(classes), parts[0], parts[1], omitted)
 
 
 def open_coco_objects(root: Path, protocol: str) -> ClassifyData:
@@ -111,7 +111,7 @@ def open_coco_objects(root: Path, protocol: str) -> ClassifyData:
         require_some(framed, f"{root} ({name})", omitted)
         labels = torch.tensor([label for _, label in framed])
         parts.append(LabelledPictures(tuple(picture for picture, _ in framed), labels))
-    return ClassifyData(protocol, classes, *parts, omitted)
+    return ClassifyData(protocol, classes, parts[0], parts[1], omitted)
 
 
 def thinned(split: LabelledPictures, limit: int | None) -> LabelledPictures:

@@ -19,6 +19,7 @@ from dense_ssl.augment import MEAN, STD
 from dense_ssl.backbones import Backbone, Features
 from dense_ssl.config import UserError
 from dense_ssl.evaluation.omissions import Omissions
+from dense_ssl.loaders import share_of_cores
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -96,17 +97,12 @@ def check_size(size: Iterable[int], stride: int) -> None:
             raise UserError(f"size: {side} is not a multiple of the stride {stride}; take {near}")
 
 
-def decode_threads() -> int:
-    """Return how many threads read images: one per processor this process may use, at most 16."""
-    return min(16, len(os.sched_getaffinity(0)))
-
-
 def in_order(
     function: Callable[[T], Tensor], items: Iterable[T], ahead: int = 64
 ) -> Iterator[Tensor]:
     """Yield function(item) of every item in order, computed in threads at most `ahead` items early."""
     items = iter(items)
-    with ThreadPoolExecutor(decode_threads()) as pool:
+    with ThreadPoolExecutor(min(16, share_of_cores())) as pool:
         waiting = [pool.submit(function, item) for item in islice(items, ahead)]
         while waiting:
             yield waiting.pop(0).result()

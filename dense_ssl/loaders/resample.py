@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 
 import numba as nb
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from dense_ssl.loaders.simd import (
     LANES,
     TILE,
     add_product,
     filled,
+    pointer,
     store_pixels,
     store_signed,
     transpose,
@@ -46,8 +45,8 @@ class Layout(NamedTuple):
     tile: int  # int8 [TILE, rows], some columns of the horizontal pass
     rows: int  # int8 [rows, S], the result of the horizontal pass
     edge: int  # uint8 [LANES], the end of an output row
-    first: int  # int64 [2, S], first source pixel of every output pixel; x, then y
-    count: int  # int64 [2, S], and how many
+    firsts: int  # int64 [2, S], first source pixel of every output pixel; x, then y
+    counts: int  # int64 [2, S], and how many
     weights: int  # int16 [2, S, taps]
     exact: int  # float64 [taps]
     side: int  # the largest S
@@ -60,15 +59,15 @@ def layout(height: int, width: int, crops: np.ndarray) -> Layout:
     side = int(crops[:, 1].max())
     reach = max(max(height, width) / int(crops[:, 1].min()), 1.0)
     taps = int(4 * reach) + 3  # bicubic: two source pixels either side, times the reduction
-    lines, wide = _pitch(height), -(-side // LANES) * LANES
+    lines, wide = _pitch.py_func(height), -(-side // LANES) * LANES
     parts = {
         "image": (height + SLACK) * width * 3 + SLACK,
         "columns": (3 * width + TILE) * lines + LANES,
         "tile": TILE * lines,
         "rows": lines * wide,
         "edge": LANES,
-        "first": 2 * side * 8,
-        "count": 2 * side * 8,
+        "firsts": 2 * side * 8,
+        "counts": 2 * side * 8,
         "weights": 2 * side * taps * 2,
         "exact": taps * 8,
     }
@@ -124,10 +123,10 @@ def cut(
     for c in range(len(crops)):
         v, side, cubic = crops[c, 0], crops[c, 1], crops[c, 2] == 1
         shape = (2, side)
-        first = nb.carray(_memory(scratch + layout.first), shape, np.int64)
-        count = nb.carray(_memory(scratch + layout.count), shape, np.int64)
-        weights = nb.carray(_memory(scratch + layout.weights), (2, side, layout.taps), np.int16)
-        exact = nb.carray(_memory(scratch + layout.exact), (layout.taps,), np.float64)
+        first = nb.carray(pointer(scratch + layout.firsts), shape, np.int64)
+        count = nb.carray(pointer(scratch + layout.counts), shape, np.int64)
+        weights = nb.carray(pointer(scratch + layout.weights), (2, side, layout.taps), np.int16)
+        exact = nb.carray(pointer(scratch + layout.exact), (layout.taps,), np.float64)
         for axis in range(2):
             low, high = np.int64(boxes[v, axis]), np.int64(boxes[v, axis + 2])
             extent = height if axis else width
@@ -269,8 +268,8 @@ def _blend(source: int, pitch: int, weights: int, count: int, shift: int) -> Any
 
 @nb.njit(error_model="numpy")
 def _copy(source: int, target: int, count: int) -> None:
-    written = nb.carray(_memory(target), (count,), np.uint8)
-    read = nb.carray(_memory(source), (count,), np.uint8)
+    written = nb.carray(pointer(target), (count,), np.uint8)
+    read = nb.carray(pointer(source), (count,), np.uint8)
     for i in range(count):
         written[i] = read[i]
 
@@ -286,13 +285,3 @@ def _pitch(height: int) -> int:
     """Return the distance of two columns: an odd number of vectors, so that caches take them all."""
     vectors = (height + LANES - 1) // LANES + 1
     return (vectors | 1) * LANES
-
-
-@intrinsic
-def _memory(typing_context: Any, address: Any) -> Any:
-    """Return an address as a pointer for `numba.carray`."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.voidptr(types.intp), generate

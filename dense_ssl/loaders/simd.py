@@ -8,14 +8,19 @@ integer arithmetic, so every CPU gives the same pixels.
 Memory is given by address: the caller answers for `LANES` readable or writable bytes there.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
+import numba.extending
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
 LANES = 32
 TILE = 16  # side of the square of bytes that `transpose` moves
+
+# What the decorator returns is called without the typing context: its own annotation says otherwise.
+intrinsic = cast(Callable[[Any], Callable[..., Any]], numba.extending.intrinsic)
 
 _I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _BYTES = ir.VectorType(_I8, LANES)
@@ -36,6 +41,16 @@ _lanes = _Lanes()
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any) -> None:
         super().__init__(manager, numba_type, _SHORTS)
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    """Return an address as the untyped pointer that `numba.carray` takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.voidptr(types.intp), generate
 
 
 @intrinsic

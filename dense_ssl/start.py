@@ -1,0 +1,143 @@
+"""`make pretrain`: training on the user's data, or, with no data at all, the whole way on rendered scenes.
+
+    python -m dense_ssl.start densecl --data shards/coco --run runs/a --gpus 8 optim.lr=0.3
+    python -m dense_ssl.start densecl
+
+The second renders scenes, writes shards, trains the demo recipe (the full one where a CUDA GPU is),
+evaluates it beside the same network at random initialisation, and leaves a report. Every stage is a command
+of its own, shown as it is run.
+"""
+
+import argparse
+import importlib.util
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from dense_ssl import checkpoint, pretrain
+from dense_ssl.config import UserError
+from dense_ssl.fingerprint import weights_sha256
+from dense_ssl.log import duration
+
+SCENES = 2000
+SOURCE, SHARDS = Path("data/scenes"), Path("shards/scenes")
+
+
+def main(argv: list[str]) -> int:
+    """Parse the command line and run; return the exit code of the first stage that does not succeed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dense_ssl.start",
+        description="Pre-train on your data, or on rendered scenes.",
+    )
+    parser.add_argument("method", help="a recipe in configs/: densecl, moco, demo/densecl, ...")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--data", help="a shard set, or a folder of images with data.loader=folder")
+    parser.add_argument("--run", type=Path, help="the run's folder (default runs/METHOD)")
+    parser.add_argument("--gpus", type=int, help="ranks (default: all CUDA GPUs, else one)")
+    args = parser.parse_intermixed_args(argv)
+    ranks = args.gpus or max(torch.cuda.device_count(), 1)
+    try:
+        pretrain.recipe_path(args.method)
+        if args.data is not None:
+            run = args.run or Path("runs") / args.method.replace("/", "-")
+            given = [f"data.path={args.data}", f"run.dir={run}"]
+            return pretrain.main([args.method, *given, *args.overrides, "--gpus", str(ranks)])
+        return demo(args.method, args.run, ranks, args.overrides)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return pretrain.WRONG_INPUT
+
+
+def demo(method: str, run: Path | None, ranks: int, overrides: list[str]) -> int:
+    """Go the whole way from rendered scenes to a report."""
+    started = time.monotonic()
+    recipe = choose_recipe(method)
+    run = run or Path("runs") / recipe.replace("/", "-")
+    loader = available_loader()
+    say(
+        f"no DATA given: {SCENES} rendered scenes, recipe configs/{recipe}.yaml, loader {loader}.\n"
+        f"{other_recipe(method, recipe)}"
+    )
+    trained = ["--checkpoint", str(run), "--data", str(SOURCE)]
+    stages = [
+        ("dataprep", "scenes", "--src", str(SOURCE), "--out", str(SHARDS), "--split", "train2017",
+         "--format", "both", "--count", str(SCENES)),
+        ("dense_ssl.pretrain", recipe, f"data.path={SHARDS}", f"data.loader={loader}", f"run.dir={run}",
+         *overrides, "--gpus", str(ranks)),
+        ("dense_ssl.evaluation", "knn,segment", *trained, "--out", str(run), "--random"),
+        ("dense_ssl.visualise", "--run", str(run), "--kind", "crops"),
+        ("dense_ssl.report", str(run)),
+    ]  # fmt: skip
+    for module, *arguments in stages:
+        code = run_stage(module, arguments)
+        if code != 0:
+            return code
+    say(f"{run}/report.html shows what happened ({duration(time.monotonic() - started)} in all)")
+    # The run's own last line once more, so that it is the last here too.
+    saved = checkpoint.load_newest(run / "checkpoints")
+    assert saved is not None, f"{run} ended without a checkpoint"
+    say(f"weights sha256: {weights_sha256(saved['method'])}")
+    return pretrain.DONE
+
+
+def choose_recipe(method: str) -> str:
+    """Return the demo recipe of a method on a CPU, its full recipe where a CUDA GPU is."""
+    if torch.cuda.is_available() or method.startswith("demo/"):
+        return method
+    pretrain.recipe_path(f"demo/{method}")
+    return f"demo/{method}"
+
+
+def other_recipe(method: str, recipe: str) -> str:
+    """Return one line that says how to take the recipe that was not taken."""
+    full = method.removeprefix("demo/")
+    if recipe.startswith("demo/"):
+        return (
+            f"The full recipe: make pretrain METHOD={full} DATA=shards/coco RUN=runs/{full} GPUS=8"
+        )
+    return f"The small recipe for two CPU cores: make pretrain METHOD=demo/{full}"
+
+
+def available_loader() -> str:
+    """Return the first of ffcv, dali and folder whose library is installed."""
+    for name, module in (("ffcv", "ffcv"), ("dali", "nvidia.dali")):
+        try:
+            if importlib.util.find_spec(module) is not None:
+                return name
+        except ModuleNotFoundError:  # a parent package is missing
+            continue
+    return "folder"
+
+
+def run_stage(module: str, arguments: list[str]) -> int:
+    """Run `python -m MODULE ARGUMENTS`, passing signals on; return its exit code."""
+    say(f"\n$ python -m {module} {' '.join(arguments)}")
+    child = subprocess.Popen([sys.executable, "-m", module, *arguments])
+
+    def forward(number: int, _: FrameType | None) -> None:
+        child.send_signal(number)
+
+    # Ctrl-C reaches the child from the terminal itself; a second copy would end it without saving.
+    handlers = {signal.SIGTERM: forward, signal.SIGUSR1: forward, signal.SIGINT: signal.SIG_IGN}
+    before = {which: signal.signal(which, handler) for which, handler in handlers.items()}
+    try:
+        code = child.wait()
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    return code if code >= 0 else 128 - code
+
+
+def say(text: str) -> None:
+    """Print for the person who waits, before any child's output."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""Collectives over two gloo ranks, and their identities on one."""
+
+import torch
+import torch.multiprocessing as mp
+
+from dense_ssl.distributed import (
+    Agreement,
+    BatchShuffle,
+    World,
+    all_gather,
+    cat_carries,
+    close_world,
+    init_world,
+    mean_over_ranks,
+)
+
+
+def on_ranks(size, work, folder):
+    """Run work(world) on `size` processes; return each rank's result."""
+    context = mp.get_context("spawn")
+    port = str(20000 + abs(hash(str(folder))) % 20000)
+    ranks = [context.Process(target=_rank, args=(r, size, port, work, folder)) for r in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0] * size
+    return [torch.load(folder / f"{r}.pt") for r in range(size)]
+
+
+def _rank(rank, size, port, work, folder):
+    import os
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
+        MASTER_ADDR="localhost", MASTER_PORT=port,
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    world = init_world("cpu")
+    torch.save(work(world), folder / f"{rank}.pt")
+    close_world(world)
+
+
+def _collectives(world):
+    x = torch.arange(3.0) + 10 * world.rank
+    images = torch.arange(4.0).add(4 * world.rank)[:, None]
+    with BatchShuffle(images, seed=1, step=2) as shuffle:
+        shuffled = shuffle.images
+        (restored,) = shuffle.restore(shuffle.images * 2)
+    with BatchShuffle(images, seed=1, step=2) as again:
+        same = torch.equal(again.images, shuffled)
+    with BatchShuffle(images, seed=1, step=3) as other:
+        differs = not torch.equal(other.images, shuffled)
+    agreement = Agreement(world)
+    flags = [agreement.ask(world.rank == 1 and i >= 1) for i in range(4)]
+    agreement.settle()
+    return {
+        "gathered": all_gather(x),
+        "carried": cat_carries([x[:1], x[1:]]),
+        "mean": mean_over_ranks(x),
+        "images": images,
+        "shuffled": shuffled,
+        "restored": restored,
+        "keyed": same and differs,
+        "flags": flags,
+    }
+
+
+def test_two_ranks(tmp_path):
+    first, second = on_ranks(2, _collectives, tmp_path)
+    both = torch.tensor([0.0, 1, 2, 10, 11, 12])
+    for result in (first, second):
+        assert torch.equal(result["gathered"], both)
+        assert torch.equal(result["carried"], both)
+        assert torch.equal(result["mean"], torch.tensor([5.0, 6, 7]))
+        assert torch.equal(result["restored"], result["images"] * 2)
+        assert result["keyed"]
+        # the flag rank 1 raises at its second step is known to both at the third
+        assert result["flags"] == [False, False, True, True]
+    together = torch.cat([first["shuffled"], second["shuffled"]]).flatten()
+    assert torch.equal(together.sort().values, torch.arange(8.0))
+    assert not torch.equal(together, torch.arange(8.0))
+
+
+def test_one_rank_is_the_identity_and_groups_still_shuffle():
+    x = torch.arange(8.0)[:, None]
+    assert all_gather(x) is x
+    assert mean_over_ranks(x) is x
+    with BatchShuffle(x, seed=0, step=0) as alone:
+        assert alone.images is x
+        assert alone.restore(x)[0] is x
+    with BatchShuffle(x, seed=0, step=0, groups=4) as grouped:
+        assert not torch.equal(grouped.images, x)
+        assert torch.equal(grouped.restore(grouped.images)[0], x)
+    world = World(rank=0, size=1, device=torch.device("cpu"), flags=None)
+    assert Agreement(world).ask(True)

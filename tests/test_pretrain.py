@@ -1,0 +1,262 @@
+"""The loop as its user meets it: it resumes to the bit, stops when told, and refuses in one sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dataprep.synthetic import write_random_images
+from dense_ssl import checkpoint, pretrain
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = """
+method:
+  name: {method}
+  views: [{{name: global, count: 2, size: 64, photometric: moco_v2}}]
+  backbone: {{name: {backbone}, init: {init}, bn_groups: {groups}}}
+  hidden_dim: 16
+  out_dim: 8
+  queue_length: 32
+data: {{path: {images}, loader: folder, workers: 0}}
+optim: {{lr: {{start: 0.1, per: step, warmup_epochs: 0.5}}}}
+train: {{epochs: 4, batch_size: 8, precision: fp32}}
+run: {{dir: {run}, device: cpu, checkpoint_every_steps: 3, log_every_steps: 2, log: []}}
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    write_random_images(folder, 44)  # 5 steps of 8 an epoch, 4 images dropped
+    return folder
+
+
+@pytest.fixture
+def recipe(images, tmp_path):
+    def write(run, method="densecl", backbone="test_resnet", init="fan_in", groups=2):
+        path = tmp_path / f"{run}.yaml"
+        path.write_text(
+            RECIPE.format(
+                method=method, backbone=backbone, init=init, groups=groups,
+                images=images, run=tmp_path / run,
+            )
+        )  # fmt: skip
+        return str(path)
+
+    return write
+
+
+def run(capsys, *argv):
+    """Run in this process; return exit code, last line of stdout, and stderr."""
+    code = pretrain.main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out.strip().splitlines()[-1] if out.strip() else "", err
+
+
+def start(*argv):
+    return subprocess.Popen(
+        [sys.executable, "-m", "dense_ssl.pretrain", *argv],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(*argv, timeout=180):
+    process = start(*argv)
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out.strip().splitlines()[-1] if out.strip() else "", err
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    timing = {"images_per_s", "data_wait", "eta_s"}
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
+
+
+def wait_for_step(folder, step, process, timeout=120):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            if log_of(folder)[-1]["step"] >= step:
+                return
+        except (OSError, ValueError, IndexError):
+            pass
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    pytest.fail(f"step {step} not reached in {timeout} s")
+
+
+def test_resumed_at_any_step_it_ends_with_the_same_weights_and_log(recipe, tmp_path, capsys):
+    code, want, _ = run(capsys, recipe("whole"), "train.steps=13")
+    assert code == 0
+    assert want.startswith("weights sha256: ")
+    for stop in (1, 3, 5, 6, 12):  # before, at and after checkpoints, log lines and the epoch's end
+        broken = recipe(f"at{stop}")
+        assert run(capsys, broken, f"train.steps={stop}")[0] == 0
+        code, got, err = run(capsys, broken, "train.steps=13")
+        assert (code, got) == (0, want)
+        assert f"resuming at step {stop} of 13" in err
+        whole, resumed = log_of(tmp_path / "whole"), log_of(tmp_path / f"at{stop}")
+        # a run stopped at an odd step also logs that step; every other line is the same to the bit
+        extra = [line["step"] for line in resumed if line not in whole]
+        assert [line for line in whole if line not in resumed and line["step"] > stop + 1] == []
+        assert all(step in (stop, stop + 1) for step in extra)
+
+
+def test_a_finished_run_says_so_again(recipe, capsys):
+    path = recipe("twice")
+    _, first, _ = run(capsys, path, "train.steps=4")
+    code, second, _ = run(capsys, path, "train.steps=4")
+    assert (code, second) == (0, first)
+
+
+def test_log_lines_hold_what_scripts_rely_on(recipe, tmp_path, capsys):
+    run(capsys, recipe("log"), "train.steps=4")
+    for line in map(json.loads, (tmp_path / "log" / "log.jsonl").read_text().splitlines()):
+        assert {"step", "epoch", "loss", "lr", "images_per_s", "data_wait"} <= line.keys()
+        assert 0 <= line["data_wait"] <= 1
+        assert line["images_per_s"] > 0
+
+
+def test_the_saved_configuration_repeats_the_run(recipe, tmp_path, capsys):
+    _, want, _ = run(capsys, recipe("first"), "train.steps=4", "optim.lr=0.05")
+    saved = tmp_path / "first" / "config.yaml"
+    code, got, _ = run(capsys, str(saved), f"run.dir={tmp_path / 'second'}")
+    assert (code, got) == (0, want)
+
+
+def test_accumulation_and_precision_and_compression_run(recipe, capsys):
+    assert run(capsys, recipe("a"), "train.steps=2", "train.accumulate=2")[0] == 0
+    assert run(capsys, recipe("b"), "train.steps=2", "train.precision=bf16")[0] == 0
+    assert run(capsys, recipe("c", method="moco"), "train.steps=2", "optim.name=lars")[0] == 0
+    assert run(capsys, recipe("d"), "train.steps=2", "run.checkpoint_gradients=true")[0] == 0
+
+
+@pytest.mark.slow
+def test_sigkill_of_two_ranks_and_resume_is_the_undisturbed_run(recipe, tmp_path):
+    whole = finish(recipe("whole", groups=1), "--gpus", "2")
+    assert whole[0] == 0, whole[2]
+    broken = recipe("broken", groups=1)
+    process = start(broken, "--gpus", "2")
+    wait_for_step(tmp_path / "broken", 8, process)
+    for pid in ranks_below(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    again = finish(broken, "--gpus", "2")
+    assert again[:2] == whole[:2], again[2]
+    assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
+
+
+def ranks_below(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(pid) for pid in children] + [p for child in children for p in ranks_below(int(child))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_exits_with_75_and_resumes(recipe, tmp_path, capsys, ranks):
+    path = recipe("stopped", groups=1)
+    long = ("train.epochs=400", "run.checkpoint_every_steps=100000")
+    process = start(path, *long, "--gpus", str(ranks))
+    wait_for_step(tmp_path / "stopped", 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "the same command resumes" in err
+    saved = checkpoint.load_newest(tmp_path / "stopped" / "checkpoints")["step"]
+    assert saved >= 2
+    if ranks == 1:
+        code, _, err = run(capsys, path, *long, f"train.steps={saved + 1}")
+        assert code == 0
+        assert f"resuming at step {saved}" in err
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_rank_with_the_batch_doubled(recipe, tmp_path, capsys):
+    """Where no BatchNorm ties samples together, the split over ranks changes rounding only."""
+    vit = {"backbone": "test_vit", "init": "timm", "groups": 1}
+    options = ("train.steps=6", "run.log_every_steps=1", "optim.lr=0.02")
+    code, _, err = finish(recipe("two", **vit), *options, "--gpus", "2")
+    assert code == 0, err
+    assert run(capsys, recipe("one", **vit), *options)[0] == 0
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["optim.lr=0.2"], "holds a run with other settings: optim.lr.start (0.1 there, 0.2 now)"),
+        (["train.batch_size=4"], "train.batch_size (8 there, 4 now)"),
+    ],
+)
+def test_resuming_with_another_recipe_is_refused(recipe, capsys, overrides, sentence):
+    path = recipe("kept")
+    run(capsys, path, "train.steps=1")
+    code, _, err = run(capsys, path, "train.steps=2", *overrides)
+    assert code == 2
+    assert sentence in err
+    assert "another RUN" in err
+    assert run(capsys, path, "train.steps=2")[0] == 0  # nothing was lost
+
+
+def test_resuming_on_other_data_is_refused(recipe, tmp_path, capsys):
+    path = recipe("kept")
+    run(capsys, path, "train.steps=1")
+    write_random_images(tmp_path / "others", 20)
+    code, _, err = run(capsys, path, "train.steps=2", f"data.path={tmp_path / 'others'}")
+    assert code == 2
+    assert "was trained on 44 images" in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["data.path=/nowhere/at/all"], "/nowhere/at/all"),
+        (["train.batch_size=64"], "44 images, fewer than one global batch"),
+        (["run.device=cuda"], "run.device"),
+        (["run.dir=/proc/nowhere"], "/proc/nowhere"),
+        (["optim.lrr=1"], "did you mean optim.lr"),
+        (["method.queue_length=4"], "method.queue_length: 4 is shorter than the 8 keys"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(recipe, capsys, overrides, sentence):
+    code, out, err = run(capsys, recipe("bad"), *overrides)
+    assert code == 2
+    assert out == ""
+    message = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1
+    assert sentence in message[0]
+    assert "Traceback" not in err
+
+
+def test_divergence_stops_before_it_is_saved(recipe, tmp_path, capsys):
+    path = recipe("diverged")
+    run(capsys, path, "train.steps=2")
+    code, _, err = run(capsys, path, "train.steps=20")
+    assert code == 0
+    worse = recipe("worse")
+    code, _, err = run(capsys, worse, "optim.lr=1e30", "train.steps=12")
+    assert code == 2
+    assert "training diverged" in err
+    saved = checkpoint.load_newest(tmp_path / "worse" / "checkpoints")
+    assert saved is None or all(
+        value.isfinite().all() for value in saved["method"].values() if value.is_floating_point()
+    )
+
+
+def test_two_processes_cannot_train_in_one_run(recipe, tmp_path, capsys):
+    import fcntl
+
+    path = recipe("held")
+    (tmp_path / "held").mkdir()
+    with (tmp_path / "held" / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code, _, err = run(capsys, path, "train.steps=1")
+        assert code == 2
+        assert "another process is training" in err
