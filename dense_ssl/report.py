@@ -27,7 +27,7 @@ _LARGEST_PICTURE = 8_000_000  # bytes; a page should still open at once
 _PICTURES = {
     "crops": "What the network sees: source images with their crop boxes, beside the views after "
     "photometry.",
-    "correspondence": "Which cells of two views are matched: lines join mutual nearest neighbours.",
+    "correspondence": "Which cells of two views the trained features match, judged by the crop boxes.",
 }
 _STYLE = Path(__file__).with_name("report.css")
 
@@ -192,7 +192,8 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _pictures(run: Path) -> list[str]:
     sections = []
-    for path in sorted(run.glob("*.png")):
+    own = [run / f"{name}.png" for name in _PICTURES]
+    for path in [*filter(Path.is_file, own), *sorted(set(run.glob("*.png")) - set(own))]:
         if path.stat().st_size > _LARGEST_PICTURE:
             body = f'<p class="soft">{html.escape(path.name)} is too large to embed.</p>'
         else:

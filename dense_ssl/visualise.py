@@ -28,7 +28,7 @@ from dense_ssl.augment import MEAN, STD, Photometry
 from dense_ssl.config import UserError, validate
 from dense_ssl.crops import MultiCropBatch
 from dense_ssl.loaders import DataConfig, open_source
-from dense_ssl.loaders.batch import assemble, cut_views
+from dense_ssl.loaders.batch import assemble, check_recipe, cut_views
 from dense_ssl.loaders.folder import cut_one
 from dense_ssl.loaders.order import Order
 from dense_ssl.loaders.source import decode
@@ -151,6 +151,7 @@ def _sample(config: dict[str, Any], count: int, epoch: int, size: int | None) ->
     # A twin holds the last share of a batch: with fewer images than this it would hold none.
     fewest = max(math.ceil(1 / view.part) for view in views)
     index = Order(total, min(max(count, fewest), total), seed=seed).batches(epoch)[0]
+    check_recipe(views, len(index))
     plan = draw_epoch(views, source.sizes, seed, epoch, index)
     pictures = [decode(source.read(int(i))) for i in index]
     where = positions(views)
