@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dense_ssl.config import UserError
 from dense_ssl.evaluation import coco
+from dense_ssl.evaluation.features import content_key, file_stamp, thinned
 from dense_ssl.evaluation.omissions import Omissions, require_some
 from dense_ssl.loaders.source import SUFFIXES, decode
 
@@ -46,11 +48,14 @@ class ClassifyData:
     classes: tuple[str, ...]
     train: LabelledPictures
     val: LabelledPictures
+    content: str  # hash, other when a file or the choice of files is
     omitted: Omissions = field(compare=False)
 
 
-def open_class_folders(root: Path, protocol: str) -> ClassifyData:
-    """Return the images of `root/train/CLASS/*` and `root/val/CLASS/*`.
+def open_class_folders(root: Path, limits: tuple[int | None, int | None]) -> ClassifyData:
+    """Return the images of `root/train/CLASS/*` and `root/val/CLASS/*`: protocol `knn/v1`.
+
+    `limits` are for train and val: at most so many images, evenly spaced.
 
     Raises:
         UserError: a split is missing or empty, or val has a class that train has not.
@@ -58,7 +63,7 @@ def open_class_folders(root: Path, protocol: str) -> ClassifyData:
     omitted = Omissions()
     classes: list[str] = []
     parts: list[LabelledPictures] = []
-    for split in SPLITS:
+    for split, limit in zip(SPLITS, limits):
         folder = root / split
         if not folder.is_dir():
             raise UserError(
@@ -70,22 +75,21 @@ def open_class_folders(root: Path, protocol: str) -> ClassifyData:
         strangers = sorted(set(names) - set(classes))
         if strangers:
             raise UserError(f"{folder}: classes that train has not: {', '.join(strangers[:5])}")
-        pictures, labels = [], []
+        labelled: list[tuple[Picture, int]] = []
         for name in names:
             paths = _images_below(folder / name)
             if not paths:
                 omitted.add(f"{split}: class folder without images", name)
-            pictures += [Picture(path) for path in paths]
-            labels += [classes.index(name)] * len(paths)
-        require_some(pictures, str(folder), omitted)
-        parts.append(LabelledPictures(tuple(pictures), torch.tensor(labels)))
-    return ClassifyData(protocol, tuple(classes), parts[0], parts[1], omitted)
+            labelled += [(Picture(path), classes.index(name)) for path in paths]
+        require_some(labelled, str(folder), omitted)
+        parts.append(_split(thinned(labelled, limit)))
+    return _data("knn/v1", tuple(classes), parts, omitted)
 
 
-def open_coco_objects(root: Path, protocol: str) -> ClassifyData:
-    """Return the objects of a COCO data set, each framed by its box, with their categories.
+def open_coco_objects(root: Path, limits: tuple[int | None, int | None]) -> ClassifyData:
+    """Return the objects of a COCO data set, each framed by its box: protocol `knn-objects/v1`.
 
-    Crowds and boxes with a side below `MIN_OBJECT_PX` are not part of the protocol.
+    Crowds and boxes with a side below `MIN_OBJECT_PX` are not part of it. `limits` as above.
 
     Raises:
         UserError: the annotations are missing or unreadable, or no object is left.
@@ -94,7 +98,7 @@ def open_coco_objects(root: Path, protocol: str) -> ClassifyData:
     identities: list[int] = []
     classes: tuple[str, ...] = ()
     parts: list[LabelledPictures] = []
-    for part in SPLITS:
+    for part, limit in zip(SPLITS, limits):
         name = coco.split_name(root, part)
         split = coco.read_split(root, name, omitted)
         if not identities:
@@ -109,18 +113,8 @@ def open_coco_objects(root: Path, protocol: str) -> ClassifyData:
             if not instance.crowd and min(instance.box[2:]) >= MIN_OBJECT_PX
         ]
         require_some(framed, f"{root} ({name})", omitted)
-        labels = torch.tensor([label for _, label in framed])
-        parts.append(LabelledPictures(tuple(picture for picture, _ in framed), labels))
-    return ClassifyData(protocol, classes, parts[0], parts[1], omitted)
-
-
-def thinned(split: LabelledPictures, limit: int | None) -> LabelledPictures:
-    """Return at most `limit` pictures, evenly spaced through the split."""
-    count = len(split.pictures)
-    if limit is None or count <= limit:
-        return split
-    chosen = np.linspace(0, count - 1, limit).round().astype(int).tolist()
-    return LabelledPictures(tuple(split.pictures[i] for i in chosen), split.labels[chosen])
+        parts.append(_split(thinned(framed, limit)))
+    return _data("knn-objects/v1", classes, parts, omitted)
 
 
 def read_picture(picture: Picture, resize: int, size: int) -> Tensor:
@@ -142,6 +136,21 @@ def read_picture(picture: Picture, resize: int, size: int) -> Tensor:
         window = _square(picture.box, *image.size)
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=window)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _split(labelled: Sequence[tuple[Picture, int]]) -> LabelledPictures:
+    labels = torch.tensor([label for _, label in labelled])
+    return LabelledPictures(tuple(picture for picture, _ in labelled), labels)
+
+
+def _data(
+    protocol: str, classes: tuple[str, ...], parts: list[LabelledPictures], omitted: Omissions
+) -> ClassifyData:
+    content = content_key(
+        *((file_stamp(p.path), p.box) for part in parts for p in part.pictures),
+        *(part.labels.tolist() for part in parts),
+    )
+    return ClassifyData(protocol, classes, parts[0], parts[1], content, omitted)
 
 
 def _square(

@@ -67,7 +67,8 @@ def extract(
     Raises:
         UserError: none of the images can be read.
     """
-    path = cache.path(key) if cache else None
+    device = next(backbone.parameters()).device
+    path = cache.path(f"{device.type}\0{key}") if cache else None
     stored = _load(path)
     if stored is None:
         stored = _compute(backbone, images, read, reduce, batch_size, label)
@@ -83,6 +84,20 @@ def extract(
 def content_key(*parts: object) -> str:
     """Return a hash over the text of all parts, to be used as `key`."""
     return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()
+
+
+def file_stamp(path: Path) -> str:
+    """Return a file's path, size and time of change as text, for `content_key`."""
+    stat = path.stat()
+    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def thinned(items: Sequence[T], limit: int | None) -> tuple[T, ...]:
+    """Return at most `limit` of the items, evenly spaced."""
+    if limit is None or len(items) <= limit:
+        return tuple(items)
+    chosen = [round(i * (len(items) - 1) / max(limit - 1, 1)) for i in range(limit)]
+    return tuple(items[i] for i in chosen)
 
 
 def check_size(size: Iterable[int], stride: int) -> None:

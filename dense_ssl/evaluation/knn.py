@@ -21,7 +21,6 @@ from dense_ssl.evaluation.classify_data import (
     open_class_folders,
     open_coco_objects,
     read_picture,
-    thinned,
 )
 from dense_ssl.evaluation.coco import is_coco
 from dense_ssl.evaluation.features import FeatureCache, check_size, content_key, extract
@@ -49,12 +48,8 @@ def load(path: Path, config: Config) -> ClassifyData:
     Raises:
         UserError: it is neither, or nothing in it is usable.
     """
-    if is_coco(path):
-        data = open_coco_objects(path, "knn-objects/v1")
-    else:
-        data = open_class_folders(path, "knn/v1")
-    train, val = thinned(data.train, config.max_train), thinned(data.val, config.max_val)
-    return ClassifyData(data.protocol, data.classes, train, val, data.omitted)
+    limits = (config.max_train, config.max_val)
+    return open_coco_objects(path, limits) if is_coco(path) else open_class_folders(path, limits)
 
 
 def run(
@@ -119,15 +114,13 @@ def _embedded(
         tokens = features.cls[:, 0] if config.pool == "cls" else features.dense.mean(1)
         return tokens.float()
 
-    stats = [picture.path.stat() for picture in split.pictures]
-    files = ((p.path, p.box, s.st_size, s.st_mtime_ns) for p, s in zip(split.pictures, stats))
     extracted = extract(
         backbone,
         split.pictures,
         lambda picture: read_picture(picture, resize, config.size),
         reduce,
         batch_size=config.batch_size,
-        key=content_key(data.protocol, config.size, resize, config.pool, *files),
+        key=content_key(data.protocol, name, config.size, resize, config.pool, data.content),
         cache=cache,
         omitted=data.omitted,
         label=name,

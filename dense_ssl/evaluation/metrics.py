@@ -1,0 +1,39 @@
+"""Segmentation metrics from a confusion matrix."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Return int64 [classes, classes]: pixels of class row predicted as column.
+
+    labels and predicted are integers of one shape; labels outside 0 .. classes-1 (void) count nowhere.
+    """
+    labels, predicted = labels.flatten().long(), predicted.flatten().long()
+    valid = (labels >= 0) & (labels < classes)
+    cells = labels[valid] * classes + predicted[valid]
+    return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+
+
+def segmentation_scores(matrix: Tensor) -> dict[str, float]:
+    """Return `mIoU`, `aAcc` (pixels) and `mAcc` (mean over classes of recall) in percent.
+
+    Means are over the classes that occur: for IoU in truth or prediction, for accuracy in truth. A
+    class that occurs and is never hit counts as zero.
+
+    Raises:
+        ValueError: the matrix is empty (no pixel had a label).
+    """
+    counts = matrix.cpu().numpy().astype(np.float64)
+    if not counts.sum():
+        raise ValueError("no labelled pixel to score")
+    hit, truth, said = np.diag(counts), counts.sum(1), counts.sum(0)
+    union = truth + said - hit
+    iou = hit[union > 0] / union[union > 0]
+    recall = hit[truth > 0] / truth[truth > 0]
+    return {
+        "mIoU": 100 * float(iou.mean()),
+        "aAcc": 100 * float(hit.sum() / counts.sum()),
+        "mAcc": 100 * float(recall.mean()),
+    }

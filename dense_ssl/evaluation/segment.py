@@ -1,0 +1,221 @@
+"""Semantic segmentation by a linear probe on frozen cells, scored at full label resolution.
+
+Every cell's features are standardised with the mean and deviation of the training cells (a BatchNorm
+without its affine part), one linear layer gives class scores per cell, bilinear upsampling takes them to
+the pixels. Scores and interpolation are both linear, so the layer is applied before upsampling. Trained
+by AdamW on cross-entropy with a label per 8 x 8 input pixels; metrics are over the whole
+validation split, every label map at its own size, void left out.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from dense_ssl.backbones import Backbone, Features
+from dense_ssl.config import Config as BaseConfig
+from dense_ssl.config import UserError
+from dense_ssl.evaluation.features import (
+    Extracted,
+    FeatureCache,
+    check_size,
+    content_key,
+    extract,
+    in_order,
+)
+from dense_ssl.evaluation.metrics import confusion, segmentation_scores
+from dense_ssl.evaluation.segment_data import (
+    VOID,
+    LabelledImage,
+    SegmentData,
+    open_segmentation,
+    read_image,
+)
+
+_LABEL_STRIDE = 8  # training labels: one per this many input pixels
+
+
+class Config(BaseConfig):
+    """Settings of the protocol."""
+
+    size: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = (256, 256)
+    # (height, width) of the input in pixels; `size=256` and `size=192,256` are understood
+    labels: Literal["category", "supercategory"] = (
+        "category"  # COCO only; 80 classes need many images
+    )
+    steps: Annotated[int, Field(ge=1)] = 500
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    lr: Annotated[float, Field(gt=0)] = 3e-2  # cosine to zero
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    seed: int = 0
+    extract_batch: Annotated[int, Field(ge=1)] = 32
+    max_train: Annotated[int, Field(ge=1)] | None = 5000  # features are held in memory
+    max_val: Annotated[int, Field(ge=1)] | None = 5000
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _both_sides(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return value.split(",")
+        return (value, value) if isinstance(value, int) else value
+
+
+def load(path: Path, config: Config) -> SegmentData:
+    """Return the data at `path`, in COCO's or CamVid's layout.
+
+    Raises:
+        UserError: it is neither, or nothing in it is usable.
+    """
+    return open_segmentation(path, config.labels, config.max_train, config.max_val)
+
+
+def run(
+    backbone: Backbone, data: SegmentData, config: Config, cache: FeatureCache | None = None
+) -> dict[str, float]:
+    """Return `mIoU`, `aAcc`, `mAcc` in percent, and `chance/...`: the commonest class everywhere."""
+    check_size(config.size, backbone.stride)
+    train = _cells(backbone, data, data.train, "train", config, cache)
+    val = _cells(backbone, data, data.val, "val", config, cache)
+    rows, columns = (side // _LABEL_STRIDE for side in config.size)
+    kept = [data.train[i] for i in train.kept.tolist()]
+    labels = torch.stack(list(in_order(lambda image: _small_labels(image, rows, columns), kept)))
+    classes = len(data.classes)
+    frequencies = torch.bincount(labels.flatten().long(), minlength=256)[:classes]
+    if not frequencies.any():
+        raise UserError("train: every pixel is void")
+    device = next(backbone.parameters()).device
+    grid = tuple(math.ceil(side / backbone.stride) for side in config.size)
+    mean, scale = _standardisation(train.features)
+    weight, bias = fit_linear(
+        train.features, labels, (grid[0], grid[1]), classes, mean, scale, config, device
+    )
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    truths = in_order(lambda i: torch.from_numpy(data.val[i].read_labels()), val.kept.tolist(), 16)
+    for cells, truth in zip(val.features, truths):
+        standard = (cells.to(device).float() - mean.to(device)) * scale.to(device)
+        scores = _upsampled(
+            _as_map(standard[None] @ weight.T + bias, (grid[0], grid[1])), truth.shape
+        )
+        matrix += confusion(truth, scores[0].argmax(0).cpu(), classes)
+    if not matrix.any():
+        raise UserError("val: every pixel is void")
+    chance = torch.zeros_like(matrix)
+    chance[:, frequencies.argmax()] = matrix.sum(1)
+    by_chance = segmentation_scores(chance)
+    return segmentation_scores(matrix) | {f"chance/{name}": v for name, v in by_chance.items()}
+
+
+@torch.enable_grad()
+def fit_linear(
+    features: Tensor,
+    labels: Tensor,
+    grid: tuple[int, int],
+    classes: int,
+    mean: Tensor,
+    scale: Tensor,
+    config: Config,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return weight [C, D] and bias [C] of the linear layer on `(features - mean) * scale`.
+
+    features [n, N, D] are cells of a `grid`, labels uint8 [n, h, w] with VOID. The result depends on
+    the arguments alone: the layer starts at zero, and the order of images comes from `config.seed`.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    weight = torch.zeros(classes, features.shape[2], device=device, requires_grad=True)
+    bias = torch.zeros(classes, device=device, requires_grad=True)
+    optimiser = torch.optim.AdamW([weight, bias], lr=config.lr, weight_decay=config.weight_decay)
+    mean, scale = mean.to(device), scale.to(device)
+    order: list[int] = []
+    for step in range(config.steps):
+        while len(order) < config.batch_size:
+            order += torch.randperm(len(features), generator=generator).tolist()
+        batch, order = order[: config.batch_size], order[config.batch_size :]
+        cells = (features[batch].to(device).float() - mean) * scale
+        target = labels[batch].to(device).long()
+        scores = _upsampled(_as_map(cells @ weight.T + bias, grid), target.shape[1:])
+        labelled = (target != VOID).sum().clamp(min=1)  # a batch may be void everywhere
+        loss = F.cross_entropy(scores, target, ignore_index=VOID, reduction="sum") / labelled
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+    return weight.detach(), bias.detach()
+
+
+def _as_map(scores: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, N, C] row-major cells to a map [B, C, rows, columns]."""
+    return scores.transpose(1, 2).reshape(len(scores), scores.shape[2], *grid)
+
+
+def _upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps [B, C, h, w] at another size by bilinear interpolation (corners not aligned).
+
+    As two small matrix products: the values of F.interpolate, several times faster on CPUs.
+    """
+    down, across = (
+        _interpolation(cells, pixels).to(maps.device) for cells, pixels in zip(maps.shape[2:], size)
+    )
+    return down @ maps @ across.T
+
+
+@lru_cache(maxsize=64)
+def _interpolation(cells: int, pixels: int) -> Tensor:
+    """Matrix [pixels, cells] of linear interpolation along one side."""
+    unit = torch.eye(cells)[None]
+    return F.interpolate(unit, size=pixels, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+def _cells(
+    backbone: Backbone,
+    data: SegmentData,
+    images: tuple[LabelledImage, ...],
+    name: str,
+    config: Config,
+    cache: FeatureCache | None,
+) -> Extracted:
+    """Dense features of every readable image, float16 [n, N, D]."""
+
+    def reduce(features: Features) -> Tensor:
+        return features.dense.half()
+
+    return extract(
+        backbone,
+        images,
+        lambda image: read_image(image, *config.size),
+        reduce,
+        batch_size=config.extract_batch,
+        key=content_key("dense", name, config.size, len(images), data.content),
+        cache=cache,
+        omitted=data.omitted,
+        label=name,
+    )
+
+
+def _small_labels(image: LabelledImage, rows: int, columns: int) -> Tensor:
+    """Label map of one image by nearest neighbour, uint8 [rows, columns]."""
+    full = Image.fromarray(image.read_labels())
+    return torch.from_numpy(np.array(full.resize((columns, rows), Image.Resampling.NEAREST)))
+
+
+def _standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation of every channel over all cells, summed in float64."""
+    count = features.shape[0] * features.shape[1]
+    total = torch.zeros(features.shape[2], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for part in features.split(256):
+        part = part.double()
+        total += part.sum((0, 1))
+        squares += (part * part).sum((0, 1))
+    mean = total / count
+    variance = (squares / count - mean * mean).clamp(min=0)
+    return mean.float(), (1 / (variance + 1e-5).sqrt()).float()  # BatchNorm's epsilon

@@ -1,0 +1,190 @@
+"""Several protocols on one backbone, each beside the same network at random initialisation."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dense_ssl.backbones import Backbone, make_backbone
+from dense_ssl.config import Config, UserError, apply_override, validate
+from dense_ssl.evaluation import knn, results, segment
+from dense_ssl.evaluation.features import FeatureCache, content_key
+from dense_ssl.evaluation.omissions import Omissions
+from dense_ssl.evaluation.results import Result
+from dense_ssl.fingerprint import weights_sha256
+from dense_ssl.pretrained import Loaded, load_backbone
+
+_log = logging.getLogger(__name__)
+_RANDOM_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a protocol file offers."""
+
+    config: type[Config]
+    load: Callable[[Path, Any], Any]  # data with `protocol` and `omitted`
+    run: Callable[[Backbone, Any, Any, FeatureCache | None], dict[str, float]]
+
+
+TASKS: dict[str, Task] = {
+    "knn": Task(knn.Config, knn.load, knn.run),
+    "segment": Task(segment.Config, segment.load, segment.run),
+}
+
+
+def evaluate(
+    tasks: Sequence[str],
+    checkpoint: str,
+    data: str,
+    overrides: Iterable[str] = (),
+    *,
+    out: Path | None = None,
+    random: bool = True,
+    device: str = "auto",
+) -> list[Result]:
+    """Return the results of `tasks` on the backbone that `checkpoint` names.
+
+    `data` is a path for all tasks or `task=path,task=path`. `overrides` are `key=value` for every task
+    that has the key, or `task.key=value`. With `out` (a run folder does it by itself) results are
+    appended to `out/eval.jsonl` and features kept in `out/features`. `random` runs the same network at
+    random initialisation beside it, once per settings.
+
+    Raises:
+        UserError: an argument is wrong, or the data is not usable.
+    """
+    paths = data_paths(tasks, data)
+    configs = configs_of(tasks, overrides)
+    where = torch.device(_device(device))
+    loaded = load_backbone(checkpoint)
+    _place(loaded.backbone, where)
+    if out is None and Path(checkpoint).is_dir():
+        out = Path(checkpoint)
+    untrained = _untrained(loaded).backbone if random and not _is_random(checkpoint) else None
+    if untrained is not None:
+        _place(untrained, where)
+    collected: list[Result] = []
+    for name in tasks:
+        task, config, path = TASKS[name], configs[name], paths[name]
+        content = task.load(path, config)
+        cache = FeatureCache(out / "features", loaded.sha256) if out else None
+        values = task.run(loaded.backbone, content, config, cache)
+        settings = config.model_dump(mode="json")
+        omitted: Omissions = content.omitted
+        for line in omitted.lines():
+            _log.warning("%s: left out of %s: %s", name, path, line)
+        baseline: Mapping[str, float] = {}
+        if untrained is not None:
+            baseline = _baseline(task, untrained, content, config, out)
+        found = results.results_of(
+            values,
+            baseline,
+            task=name,
+            protocol=content.protocol,
+            checkpoint=checkpoint,
+            weights=loaded.sha256,
+            data=str(path),
+            settings=settings,
+            omitted=omitted.lines(),
+        )
+        if out:
+            results.append_results(out, found)
+        collected += found
+    return collected
+
+
+def task_names(text: str) -> list[str]:
+    """Return the tasks in `a,b`.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"no task {name!r}; there are: {', '.join(TASKS)}")
+    if not names:
+        raise UserError(f"name a task, or several with commas: {', '.join(TASKS)}")
+    return list(dict.fromkeys(names))
+
+
+def data_paths(tasks: Sequence[str], data: str) -> dict[str, Path]:
+    """Return where each task finds its data, from `PATH` or `task=PATH,task=PATH`.
+
+    Raises:
+        UserError: a task has no data, or its folder does not exist.
+    """
+    named = dict(part.split("=", 1) for part in data.split(",") if part.split("=")[0] in TASKS)
+    paths: dict[str, Path] = {}
+    for task in tasks:
+        text = named.get(task, "") if named else data
+        if not text:
+            raise UserError(f"{task}: no data given; use --data PATH or --data {task}=PATH,...")
+        paths[task] = Path(text)
+        if not paths[task].is_dir():
+            raise UserError(f"{task}: no such data folder: {text}")
+    return paths
+
+
+def configs_of(tasks: Sequence[str], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the validated settings of each task, after `key=value` and `task.key=value`.
+
+    Raises:
+        UserError: no task has the key, or a value is out of range.
+    """
+    given: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        task, dot, _ = key.partition(".")
+        if equals and dot and task in given:
+            apply_override(given[task], override.partition(".")[2])
+            continue
+        takers = [name for name in tasks if key in TASKS[name].config.model_fields] or list(tasks)
+        for name in takers:
+            apply_override(given[name], override)
+    return {task: validate(TASKS[task].config, given[task], task) for task in tasks}
+
+
+def _untrained(loaded: Loaded) -> Loaded:
+    """The same network at random initialisation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        backbone = make_backbone(loaded.config).eval()
+    weights = weights_sha256(backbone.trunk.state_dict())
+    return Loaded(backbone, f"random:{loaded.config.name}", weights, loaded.config)
+
+
+def _is_random(checkpoint: str) -> bool:
+    return checkpoint.startswith("random:")
+
+
+def _baseline(
+    task: Task, untrained: Backbone, content: Any, config: Config, out: Path | None
+) -> dict[str, float]:
+    """Metrics of the untrained network, from the run's folder if they are there."""
+    settings = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    weights = weights_sha256(untrained.trunk.state_dict())
+    key = content_key(content.protocol, content.content, settings, weights)
+    stored = results.stored_baseline(out, key) if out else None
+    if stored is not None:
+        return stored
+    values = task.run(untrained, content, config, None)
+    if out:
+        record = {"key": key, "protocol": content.protocol, "weights": weights, "values": values}
+        results.append(out / results.BASELINES, [record])
+    return values
+
+
+def _place(backbone: Backbone, device: torch.device) -> None:
+    backbone.to(device)
+    backbone.to(memory_format=torch.channels_last)
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
