@@ -128,13 +128,13 @@ def cut(
         weights = nb.carray(pointer(scratch + layout.weights), (2, side, layout.taps), np.int16)
         exact = nb.carray(pointer(scratch + layout.exact), (layout.taps,), np.float64)
         for axis in range(2):
-            low, high = np.int64(boxes[v, axis]), np.int64(boxes[v, axis + 2])
+            low, high = int(boxes[v, axis]), int(boxes[v, axis + 2])
             extent = height if axis else width
             _weigh(low, high, extent, cubic, first[axis], count[axis], weights[axis], exact)
         _resize(
             scratch + layout.columns,
             pitch,
-            flipped[v],
+            bool(flipped[v]),
             cubic,
             first,
             count,

@@ -1,0 +1,182 @@
+"""From one encoded JPEG to all of its crops in one compiled call, for any thread of any library.
+
+The call is a C function of integers: record, place in the batch, and the address of a table. What
+changes from epoch to epoch and from batch to batch (boxes, flips, where the crops go) is found through
+that table, so nothing is ever compiled again, and whoever calls it compiles no more than the call.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numba as nb
+import numpy as np
+from torch import Tensor
+
+from dense_ssl.loaders.batch import cut_views
+from dense_ssl.loaders.resample import Layout, crop_table, cut, layout
+from dense_ssl.loaders.simd import pointer
+from dense_ssl.views import CropPlan, ViewSpec
+
+# decode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) -> 0 if all went well
+Decoder = Callable[..., int]
+
+OK, NOT_DECODABLE, WRONG_SIZE, NOT_JPEG = range(4)
+REASONS = {
+    NOT_DECODABLE: "its JPEG data is damaged",
+    WRONG_SIZE: "its JPEG header gives another size than the shard set",
+    NOT_JPEG: "it is not a JPEG",
+}
+
+# What the table holds at which position: addresses of arrays, then numbers.
+_BOXES, _FLIPPED, _SIZES, _SCRATCH, _TARGETS, _CROPS, _NUM_CROPS, _NUM_VIEWS, _LAYOUT = range(9)
+_TABLE = _LAYOUT + len(Layout._fields)
+_ALIGNMENT = 64
+
+
+class Cutter:
+    """The memory behind the table, and the compiled function that works in it.
+
+    Args:
+        sizes: int [n, 2], height and width of the records.
+        views: the whole recipe.
+        decode: decodes a JPEG, as FFCV's `imdecode`.
+        threads: how many may call at a time.
+        slots: batches that may be written at a time.
+    """
+
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        views: Sequence[ViewSpec],
+        decode: Decoder,
+        *,
+        threads: int,
+        slots: int,
+    ) -> None:
+        self._views = cut_views(views)
+        self._sizes = np.ascontiguousarray(sizes, np.int32)
+        self._crops = crop_table(views)
+        self._spare_thread, self._spare_slot = threads, slots  # for `show`
+        memory = layout(int(sizes[:, 0].max()), int(sizes[:, 1].max()), self._crops)
+        # Pages that no thread touches cost nothing.
+        self._scratch = np.empty((threads + 1) * memory.total + _ALIGNMENT, np.uint8)
+        self._targets = np.zeros((slots + 1, len(self._crops)), np.int64)
+        self._plan: CropPlan | None = None  # keeps alive what the table points to
+        self._table = np.zeros(_TABLE, np.int64)
+        self._table[_SIZES] = self._sizes.ctypes.data
+        self._table[_SCRATCH] = -(-self._scratch.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+        self._table[_TARGETS] = self._targets.ctypes.data
+        self._table[_CROPS] = self._crops.ctypes.data
+        self._table[_NUM_CROPS] = len(self._crops)
+        self._table[_NUM_VIEWS] = sum(view.count for view in views)
+        self._table[_LAYOUT:] = memory
+        self._compiled = _compile(decode)
+
+    @property
+    def function(self) -> Any:
+        """The C function, callable from Python and from numba; its arguments are int64.
+
+        (address and length of the JPEG, record, row in the batch, slot, thread, `table_address`)
+        It returns OK, or a key of REASONS.
+        """
+        return self._compiled.ctypes
+
+    @property
+    def table_address(self) -> int:
+        """The address of the table, for as long as this object lives."""
+        return self._table.ctypes.data
+
+    def follow(self, plan: CropPlan) -> None:
+        """Cut by `plan`, which has a row for every record, from now on."""
+        self._plan = plan
+        self._table[_BOXES] = plan.boxes.ctypes.data
+        self._table[_FLIPPED] = plan.flipped.ctypes.data
+
+    def aim(self, slot: int, images: Mapping[str, Tensor]) -> None:
+        """Write the batch of `slot` to `images`, uint8 [V, B, 3, S, S] by view, from now on."""
+        tensors = [images[view.name] for view in self._views]
+        self._targets[slot] = [crop.data_ptr() for views in tensors for crop in views]
+
+    def show(self, encoded: bytes, index: int, row: int, images: Mapping[str, Tensor]) -> None:
+        """Write record `index`, whose JPEG is `encoded`, to row `row` of `images`.
+
+        Raises:
+            ValueError: it cannot be shown.
+        """
+        self.aim(self._spare_slot, images)
+        data = np.frombuffer(encoded, np.uint8)
+        status = self.function(
+            *(data.ctypes.data, len(data), index, row),
+            *(self._spare_slot, self._spare_thread, self.table_address),
+        )
+        if status != OK:
+            raise ValueError(REASONS[status])
+
+
+@cache
+def _compile(decode: Decoder) -> Any:
+    """Return the C function over `decode`."""
+    compiled_decode = nb.njit(decode)
+
+    def show(
+        address: int, length: int, index: int, row: int, slot: int, thread: int, table_address: int
+    ) -> int:
+        table = nb.carray(pointer(table_address), (_TABLE,), np.int64)
+        views, count, part = table[_NUM_VIEWS], table[_NUM_CROPS], table[_LAYOUT:]
+        memory = Layout(
+            *(part[0], part[1], part[2], part[3], part[4], part[5]),
+            *(part[6], part[7], part[8], part[9], part[10], part[11]),
+        )
+        sizes = nb.carray(pointer(table[_SIZES] + 8 * index), (2,), np.int32)
+        height, width = int(sizes[0]), int(sizes[1])
+        data = nb.carray(pointer(address), (length,), np.uint8)
+        found_height, found_width = _jpeg_size(data)
+        if found_height == 0:
+            return NOT_JPEG
+        if found_height != height or found_width != width:
+            return WRONG_SIZE
+        scratch = table[_SCRATCH] + thread * memory.total
+        image = nb.carray(pointer(scratch + memory.image), (height * width * 3,), np.uint8)
+        h, w = np.uint32(height), np.uint32(width)
+        if compiled_decode(data, image, h, w, h, w, 0, 0, 1, 1, False, False) != 0:
+            return NOT_DECODABLE
+        cut(
+            height,
+            width,
+            nb.carray(pointer(table[_BOXES] + 8 * index * views), (views, 4), np.int16),
+            nb.carray(pointer(table[_FLIPPED] + index * views), (views,), np.bool_),
+            nb.carray(pointer(table[_CROPS]), (count, 3), np.int64),
+            nb.carray(pointer(table[_TARGETS] + 8 * slot * count), (count,), np.int64),
+            row,
+            scratch,
+            memory,
+        )
+        return OK
+
+    return nb.cfunc(nb.int64(*[nb.int64] * 7), error_model="numpy")(show)
+
+
+@nb.njit(error_model="numpy")
+def _jpeg_size(data: np.ndarray) -> tuple[int, int]:
+    """Return (height, width) from the frame header of a JPEG, (0, 0) where there is none.
+
+    libjpeg-turbo, given other dimensions than the header's, would scale or fill a part only.
+    """
+    if len(data) < 4 or data[0] != 0xFF or data[1] != 0xD8:
+        return 0, 0
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height = (int(data[at + 5]) << 8) + int(data[at + 6])
+            return height, (int(data[at + 7]) << 8) + int(data[at + 8])
+        if marker == 0xFF:  # a filling byte
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
+            at += 2
+        elif marker in (0xD9, 0xDA):  # the end, or pixels before any frame header
+            return 0, 0
+        else:
+            at += 2 + (int(data[at + 2]) << 8) + int(data[at + 3])
+    return 0, 0
