@@ -1,0 +1,42 @@
+"""Our loaders, as the trainer uses them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dense_ssl.benches.task import Task
+from dense_ssl.loaders import DataConfig, make_loader, open_source
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """An order of the bench, in the form loaders take."""
+
+    num_images: int
+    rows: np.ndarray
+    seed: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.rows)
+
+    @property
+    def micro_batch(self) -> int:
+        return self.rows.shape[1]
+
+    def batches(self, epoch: int, start_step: int = 0) -> Sequence[np.ndarray]:
+        return list(self.rows[start_step:])
+
+
+def batches(task: Task) -> Iterator[int]:
+    """Yield the number of images of each batch."""
+    config = DataConfig.model_validate(
+        {"path": task.data, "loader": task.loader, "workers": task.workers}
+    )
+    source = open_source(config)
+    rows = _Rows(len(source.sizes), task.order(len(source.sizes)))
+    loader = make_loader(config, task.views, rows, torch.device(task.device), source)
+    for batch in loader.epoch(0):
+        yield len(batch.index)
