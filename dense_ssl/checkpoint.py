@@ -10,10 +10,12 @@ import logging
 import os
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dense_ssl.config import UserError
 
@@ -59,6 +61,20 @@ def save(folder: Path, payload: dict[str, Any], keep: int, keep_every: int | Non
         ) from None
     _rotate(folder, keep, keep_every)
     return target
+
+
+def require_finite(weights: Iterable[Tensor], step: int) -> None:
+    """Refuse weights that are not finite: a checkpoint of them would replace a good one.
+
+    Raises:
+        UserError: training diverged.
+    """
+    norms = torch._foreach_norm([w.detach() for w in weights])
+    if not torch.stack(norms).isfinite().all():
+        raise UserError(
+            f"weights are not finite at step {step}: training diverged. The checkpoints before it are "
+            "intact; lower optim.lr, or train.precision=fp32"
+        )
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:

@@ -47,6 +47,7 @@ def init_world(device: str) -> World:
     else:
         dist.init_process_group(backend, timeout=timeout)
     flags = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(flags, dist.ProcessGroup)
     return World(rank=dist.get_rank(), size=size, device=where, flags=flags)
 
 

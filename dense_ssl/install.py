@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--minimal", action="store_true", help="leave DALI and FFCV out")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     args = parser.parse_args()
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (any Python may be the system's)
         return _refuse(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: "
                        "make setup PYTHON=python3.11")  # fmt: skip
     stamp = args.venv / "setup.stamp"
@@ -39,9 +39,15 @@ def main() -> int:
     if not python.exists():
         _say(f"creating {args.venv}")
         if subprocess.call([sys.executable, "-m", "venv", str(args.venv)]) != 0:
-            return _refuse("python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv")
+            return _refuse(
+                "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"
+            )
     extras = ".[dev]" if args.minimal else ".[dali,dev]"
-    _say("installing torch, timm, kornia, triton, numba" + ("" if args.minimal else ", DALI") + " ...")
+    _say(
+        "installing torch, timm, kornia, triton, numba"
+        + ("" if args.minimal else ", DALI")
+        + " ..."
+    )
     if _pip(python, "-e", extras) != 0:
         return _refuse("pip could not install the pinned packages (its message is above); "
                        "check the network and free disk space (8 GB), then run make setup again")  # fmt: skip
@@ -68,7 +74,10 @@ def _install_ffcv(python: Path, venv: Path) -> str | None:
         usable = shutil.which("apt-get") and (not prefix or shutil.which("sudo"))
         if usable:
             _say(f"installing the libraries FFCV is built against: {command}")
-            quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}}
+            quiet = {
+                "stdout": subprocess.DEVNULL,
+                "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            }
             subprocess.call([*prefix, "apt-get", "update", "-qq"], **quiet)
             subprocess.call([*prefix, *command.split(), "-qq"], **quiet)
         if not _has_libraries():

@@ -9,16 +9,12 @@ Exit codes: 0 done, 2 the user's input is wrong, 75 stopped by a signal with eve
 import argparse
 import contextlib
 import errno
-import fcntl
-import hashlib
 import inspect
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -33,13 +29,16 @@ from dense_ssl.config import Config, UserError, dump, load
 from dense_ssl.distributed import Agreement, World, close_world, init_world, mean_over_ranks
 from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.launch import launch_ranks
-from dense_ssl.loaders import DataConfig, ImageSource, Loader, make_loader, open_source
+from dense_ssl.loaders import DataConfig, Loader, make_loader, open_source
 from dense_ssl.loaders.order import Order
 from dense_ssl.loaders.prefetch import Prefetcher
 from dense_ssl.log import Meter, RunLog, StepClock, logger, peak_memory_gb, setup_logging
 from dense_ssl.methods import AnyMethodConfig, Method, Step, make_method
 from dense_ssl.optim import OptimConfig, apply_schedules, clip_gradients, freeze, make_optimizer
+from dense_ssl.pretrained import start_from
 from dense_ssl.rng import key_of
+from dense_ssl.rundir import check_same_run, claimed, data_fingerprint
+from dense_ssl.signals import StopRequest
 
 DONE, WRONG_INPUT, STOPPED = 0, 2, 75  # 75: EX_TEMPFAIL, "try again", which schedulers requeue on
 _STEP_NOISE = 0x57  # stream of torch's own generator (drop path, dropout)
@@ -54,6 +53,7 @@ class TrainConfig(Config):
     accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per step on each rank
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     seed: int = 0
+    init: str | None = None  # a checkpoint to start from: ours, official MoCo / DenseCL, a backbone
 
 
 class RunSection(Config):
@@ -129,13 +129,13 @@ def train(config: RunConfig) -> int:
     # --- ranks ---------------------------------------------------------------------------------
     world = init_world(config.run.device)
     try:
-        with StopRequest() as stop, _claimed(Path(config.run.dir), world):
+        with StopRequest() as stop, claimed(Path(config.run.dir), world.rank):
             return _train(config, world, stop)
     finally:
         close_world(world)
 
 
-def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
+def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
     train_cfg, run_cfg = config.train, config.run
     folder = Path(run_cfg.dir)
 
@@ -159,7 +159,8 @@ def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
 
     # --- method and optimiser ----------------------------------------------------------------------
     _seed_everything(train_cfg.seed, run_cfg.deterministic)
-    method = make_method(config.method).to(world.device, memory_format=torch.channels_last)
+    method = make_method(config.method).to(world.device)
+    method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     _check_photometry(method, config)
     photometry = Photometry(views, seed=train_cfg.seed).to(world.device)
     optimizer = make_optimizer(method.param_groups(), config.optim)
@@ -167,17 +168,19 @@ def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
     meter = Meter()
 
     # --- resume ------------------------------------------------------------------------------------
-    fingerprint = _fingerprint(source)
+    fingerprint = data_fingerprint(source.sizes)
     saved = checkpoint.load_newest(folder / "checkpoints")
     done = 0
     if saved is not None:
-        _check_same_run(saved, config, fingerprint)
+        check_same_run(saved, config.model_dump(mode="json"), fingerprint)
         done = int(saved["step"])
         method.load_state_dict(saved["method"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         meter.load_state_dict(saved["meter"], world.device)
         del saved
+    elif train_cfg.init is not None:
+        start_from(train_cfg.init, method, config.method.name)
     if world.rank == 0 and not (folder / "config.yaml").exists():
         checkpoint.write_atomically(folder / "config.yaml", dump(config).encode())
 
@@ -191,7 +194,7 @@ def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
 
     def save(step: int) -> None:
         if world.rank == 0:
-            _check_finite(method, step)
+            checkpoint.require_finite(method.student.parameters(), step)
             payload = {
                 "step": step,
                 "epoch": step / order.steps_per_epoch,
@@ -281,32 +284,6 @@ def _train(config: RunConfig, world: World, stop: "StopRequest") -> int:
     return DONE
 
 
-class StopRequest:
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a flag; a second Ctrl-C ends the process at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {which: signal.signal(which, self._note) for which in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for which, handler in self._before.items():
-            signal.signal(which, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if not self.requested:
-            logger.info("\n%s: finishing this step, then saving", name)
-        elif number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.requested = True
-
-
 def _epochs(
     loader: Loader, order: Order, world: World, done: int, last_step: int
 ) -> Iterator[tuple[int, Iterator[Any]]]:
@@ -331,7 +308,9 @@ def _prepare_for_ranks(method: Method, world: World, run_cfg: RunSection) -> nn.
     no_broadcast = (
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )
-    ddp = DistributedDataParallel(method, **{no_broadcast: False}, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(  # pyright: ignore[reportArgumentType]
+        method, gradient_as_bucket_view=True, **{no_broadcast: False}
+    )
     if run_cfg.grad_compression == "bf16":
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
@@ -387,83 +366,6 @@ def _read_means(meter: Meter, step: int) -> dict[str, float]:
             "are intact; lower optim.lr, or train.precision=fp32"
         )
     return means
-
-
-def _check_finite(method: Method, step: int) -> None:
-    """Refuse to save weights that are not finite; only called where a checkpoint is written."""
-    norms = torch._foreach_norm([p.detach() for p in method.student.parameters()])
-    if not torch.stack(norms).isfinite().all():
-        raise UserError(
-            f"weights are not finite at step {step}: training diverged. The checkpoints before it are "
-            "intact; lower optim.lr, or train.precision=fp32"
-        )
-
-
-@contextlib.contextmanager
-def _claimed(folder: Path, world: World) -> Iterator[None]:
-    """Make the run's folder and hold it against a second process; the lock dies with this one."""
-    if world.rank != 0:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.dir: {folder} cannot be made ({error.strerror}); choose another RUN"
-        ) from None
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run.dir: another process is training in {folder}; wait for it, or take another RUN"
-            ) from None
-        yield
-
-
-def _fingerprint(source: ImageSource) -> dict[str, Any]:
-    """Return what tells one data set from another, wherever it lies."""
-    digest = hashlib.sha256(source.sizes.tobytes()).hexdigest()
-    return {"images": len(source.sizes), "sizes_sha256": digest}
-
-
-MAY_CHANGE = ("run.", "train.steps", "data.path", "data.workers")
-"""Keys that a resumed run may set anew: they change results by rounding at most, or not at all."""
-
-
-def _check_same_run(
-    saved: Mapping[str, Any], config: RunConfig, fingerprint: dict[str, Any]
-) -> None:
-    """Refuse to continue a run with another recipe or other data."""
-    before, now = _flatten(saved["config"]), _flatten(config.model_dump(mode="json"))
-    changed = [
-        f"{key} ({before.get(key)} there, {now.get(key)} now)"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
-    if changed:
-        raise UserError(
-            f"{config.run.dir} holds a run with other settings: {'; '.join(changed[:4])}"
-            f"{' and more' if len(changed) > 4 else ''}. Repeat them to resume, or take another RUN"
-        )
-    if saved["data"] != fingerprint:
-        raise UserError(
-            f"{config.run.dir} was trained on {saved['data']['images']} images, and {config.data.path} "
-            f"holds {fingerprint['images']} others; give the same data, or take another RUN"
-        )
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        items = [(str(k), v) for k, v in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(str(i), v) for i, v in enumerate(value)]
-    else:
-        return {prefix.removesuffix("."): value}
-    flat: dict[str, Any] = {}
-    for key, child in items:
-        flat |= _flatten(child, f"{prefix}{key}.")
-    return flat
 
 
 def _announce(

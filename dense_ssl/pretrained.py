@@ -29,8 +29,10 @@ from dense_ssl.backbones import Backbone, BackboneConfig, make_backbone
 from dense_ssl.checkpoint import FORMAT
 from dense_ssl.config import UserError, validate
 from dense_ssl.fingerprint import weights_sha256
-from dense_ssl.layouts import Part, extract_backbone, listed, resnet_of
-from dense_ssl.methods import METHODS
+from dense_ssl.layouts import Part, extract_backbone, listed, resnet_of, tensors
+from dense_ssl.log import logger
+from dense_ssl.methods import METHODS, Method
+from dense_ssl.official import from_official
 
 _HARMLESS = [  # plain data that official checkpoints hold beside tensors
     argparse.Namespace,
@@ -222,3 +224,38 @@ def _published(name: str) -> dict[str, Tensor]:
 def _fetch(name: str) -> dict[str, Tensor]:
     """Return timm's published trunk, from its cache or the network."""
     return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+
+
+def start_from(path: str, method: Method, name: str) -> None:
+    """Load a checkpoint into a fresh method: the whole state of the same method, else the trunk alone.
+
+    A whole state is a checkpoint of ours or an official MoCo / DenseCL training file, key encoder and
+    queues with it; optimiser states are never taken. What was loaded is logged.
+
+    Raises:
+        UserError: the file cannot be read, or its tensors do not fit this recipe.
+    """
+    checkpoint = read_checkpoint(checkpoint_file(Path(path)))
+    state = _whole_state(checkpoint, name)
+    if state is None:
+        trunk = extract_backbone(checkpoint, exported_part(checkpoint, "auto"))
+        for encoder in (method.student, method.teacher):
+            load_trunk(encoder["backbone"], trunk, path)  # pyright: ignore
+        logger.info("starting from the backbone of %s; heads and queues are fresh", path)
+        return
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"train.init: {path} does not fit this recipe: {reason}") from None
+    logger.info("starting from the %s state of %s; the optimiser is fresh", name, path)
+
+
+def _whole_state(checkpoint: Mapping[str, Any], name: str) -> Mapping[str, Tensor] | None:
+    """Return the state of a method of this name, or None when the file holds another's or a trunk."""
+    if checkpoint.get("format") == FORMAT:
+        return checkpoint["method"] if method_name(checkpoint) == name else None
+    if not any("encoder_k." in key for key in tensors(checkpoint)):
+        return None
+    theirs, state = from_official(checkpoint)
+    return state if theirs == name else None

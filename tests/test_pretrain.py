@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dataprep.synthetic import write_random_images
 from dense_ssl import checkpoint, pretrain
@@ -129,6 +130,39 @@ def test_the_saved_configuration_repeats_the_run(recipe, tmp_path, capsys):
     assert (code, got) == (0, want)
 
 
+def test_it_starts_from_a_whole_state_or_a_backbone(recipe, tmp_path, capsys):
+    from dense_ssl.official import to_official
+
+    run(capsys, recipe("before", backbone="resnet18"), "train.steps=3")
+    saved = checkpoint.load_newest(tmp_path / "before" / "checkpoints")
+    official = tmp_path / "official.pth"
+    torch.save({"state_dict": to_official("densecl", saved["method"])}, official)
+    options = ("train.steps=1", "optim.lr=0")
+    for name, path in (("ours", tmp_path / "before"), ("official", official)):
+        code, _, err = run(
+            capsys, recipe(name, backbone="resnet18"), *options, f"train.init={path}"
+        )
+        assert code == 0
+        assert "starting from the densecl state" in err
+        after = checkpoint.load_newest(tmp_path / name / "checkpoints")["method"]
+        for key, value in saved["method"].items():
+            if "student." in key and "running" not in key and "num_batches" not in key:
+                assert torch.equal(after[key], value), key
+    code, _, err = run(
+        capsys,
+        recipe("other", method="moco", backbone="resnet18"),
+        *options,
+        f"train.init={official}",
+    )
+    assert code == 0
+    assert "heads and queues are fresh" in err
+    code, _, err = run(
+        capsys, recipe("bad", backbone="resnet18"), "method.out_dim=4", f"train.init={official}"
+    )
+    assert code == 2
+    assert "does not fit this recipe" in err
+
+
 def test_accumulation_and_precision_and_compression_run(recipe, capsys):
     assert run(capsys, recipe("a"), "train.steps=2", "train.accumulate=2")[0] == 0
     assert run(capsys, recipe("b"), "train.steps=2", "train.precision=bf16")[0] == 0
@@ -154,7 +188,9 @@ def test_sigkill_of_two_ranks_and_resume_is_the_undisturbed_run(recipe, tmp_path
 
 def ranks_below(pid):
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(pid) for pid in children] + [p for child in children for p in ranks_below(int(child))]
+    return [int(pid) for pid in children] + [
+        p for child in children for p in ranks_below(int(child))
+    ]
 
 
 @pytest.mark.slow

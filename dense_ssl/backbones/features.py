@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -52,7 +52,7 @@ class Backbone(nn.Module, ABC):
         """Recompute activations in the backward pass instead of keeping them."""
 
 
-def create_trunk(name: str, **options: object) -> nn.Module:
+def create_trunk(name: str, **options: Any) -> nn.Module:
     """Return a timm model without its classifier, or say which names exist.
 
     Raises:

@@ -103,25 +103,24 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         """Return the normalised map [B, C, H, W]; B must be a multiple of `groups` when training."""
         if not self.training or self.groups == 1:
             return super().forward(input)
-        size, channels, height, width = input.shape
-        if size % self.groups:
-            raise ValueError(f"bn_groups={self.groups} does not divide a batch of {size}")
-        groups = self.groups
-        # [G, b, C, H, W] -> [b, G*C, H, W]: to batch_norm every (group, channel) is a channel of its own
-        x = input.view(groups, size // groups, channels, height, width).transpose(0, 1)
-        x = x.reshape(size // groups, groups * channels, height, width)
-        mean = self.running_mean.repeat(groups)  # pyright: ignore[reportOptionalMemberAccess]
-        var = self.running_var.repeat(groups)  # pyright: ignore[reportOptionalMemberAccess]
-        out = F.batch_norm(
-            x, mean, var, self.weight.repeat(groups), self.bias.repeat(groups),
-            True, self.momentum or 0.0, self.eps,
-        )  # fmt: skip
+        if input.shape[0] % self.groups:
+            raise ValueError(f"bn_groups={self.groups} does not divide a batch of {input.shape[0]}")
+        means, variances, outputs = [], [], []
+        # A group of samples is one block of memory in either layout: slicing copies nothing.
+        for x in input.chunk(self.groups):
+            mean, var = self.running_mean.clone(), self.running_var.clone()  # pyright: ignore
+            outputs.append(
+                F.batch_norm(
+                    x, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps
+                )
+            )
+            means.append(mean)
+            variances.append(var)
         with torch.no_grad():
-            self.running_mean.copy_(mean.view(groups, channels).mean(0))  # pyright: ignore
-            self.running_var.copy_(var.view(groups, channels).mean(0))  # pyright: ignore
+            self.running_mean.copy_(torch.stack(means).mean(0))  # pyright: ignore
+            self.running_var.copy_(torch.stack(variances).mean(0))  # pyright: ignore
             self.num_batches_tracked.add_(1)  # pyright: ignore[reportOptionalMemberAccess]
-        out = out.view(size // groups, groups, channels, height, width).transpose(0, 1)
-        return out.reshape(size, channels, height, width)
+        return torch.cat(outputs)
 
 
 def _group_batch_norms(module: nn.Module, groups: int) -> None:

@@ -6,6 +6,7 @@ The only file that touches timm's private `_pos_embed`; `tests/test_backbones.py
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dense_ssl.backbones.features import Backbone, BackboneConfig, Features, create_trunk, grid_of
 
@@ -32,7 +33,7 @@ class ViTBackbone(Backbone):
         x = trunk.norm_pre(trunk.patch_drop(tokens))  # pyright: ignore
         if trunk.grad_checkpointing and torch.is_grad_enabled():
             for block in trunk.blocks:  # pyright: ignore
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=False)
         else:
             x = trunk.blocks(x)  # pyright: ignore
         return trunk.norm(x)  # pyright: ignore

@@ -105,7 +105,7 @@ class DenseCL(Method):
             backbone = make_backbone(config.backbone)
             hidden = config.hidden_dim or backbone.dim
             global_head = mlp_head(backbone.dim, hidden, config.out_dim)
-            for layer in (global_head[0], global_head[2]):
+            for layer in (m for m in global_head if isinstance(m, nn.Linear)):
                 # The dense head keeps torch's default: OpenSelfSup's initialiser skips convolutions.
                 nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)

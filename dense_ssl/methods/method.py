@@ -77,8 +77,8 @@ class Method(nn.Module, ABC):
 @torch.no_grad()
 def ema_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move teacher parameters to momentum * teacher + (1 - momentum) * student; buffers stay."""
-    old = list(teacher.parameters())
-    new = list(student.parameters())
+    old: list[Tensor] = list(teacher.parameters())
+    new: list[Tensor] = list(student.parameters())
     torch._foreach_lerp_(old, new, 1.0 - momentum)
 
 

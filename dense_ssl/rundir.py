@@ -1,0 +1,92 @@
+"""The folder of a run: one process at a time, one recipe and one data set for its whole life."""
+
+import contextlib
+import fcntl
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dense_ssl.config import UserError
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, rank: int) -> Iterator[None]:
+    """Make the run's folder and hold it, on rank 0, against a second process.
+
+    The lock dies with the process, however it ends.
+    """
+    if rank != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run.dir: {folder} cannot be made ({error.strerror}); choose another RUN"
+        ) from None
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run.dir: another process is training in {folder}; wait for it, or take another RUN"
+            ) from None
+        yield
+
+
+def data_fingerprint(sizes: np.ndarray) -> dict[str, Any]:
+    """Return what tells one data set from another, wherever it lies."""
+    digest = hashlib.sha256(sizes.tobytes()).hexdigest()
+    return {"images": len(sizes), "sizes_sha256": digest}
+
+
+MAY_CHANGE = ("run.", "train.steps", "data.path", "data.workers")
+"""Keys that a resumed run may set anew: they change results by rounding at most, or not at all."""
+
+
+def check_same_run(
+    saved: Mapping[str, Any], config: Mapping[str, Any], fingerprint: Mapping[str, Any]
+) -> None:
+    """Refuse to continue a run with another recipe or on other data.
+
+    Args:
+        saved: the checkpoint's payload, with its "config" and "data".
+        config: the resolved configuration asked for now, as plain values.
+        fingerprint: `data_fingerprint` of the data asked for now.
+
+    Raises:
+        UserError: naming the keys that differ, or the two numbers of images.
+    """
+    folder = config["run"]["dir"]
+    before, now = _flatten(saved["config"]), _flatten(config)
+    changed = [
+        f"{key} ({before.get(key)} there, {now.get(key)} now)"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings: {'; '.join(changed[:4])}"
+            f"{' and more' if len(changed) > 4 else ''}. Repeat them to resume, or take another RUN"
+        )
+    if saved["data"] != fingerprint:
+        raise UserError(
+            f"{folder} was trained on {saved['data']['images']} images, and {config['data']['path']} "
+            f"holds {fingerprint['images']} others; give the same data, or take another RUN"
+        )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        items = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(i), v) for i, v in enumerate(value)]
+    else:
+        return {prefix.removesuffix("."): value}
+    flat: dict[str, Any] = {}
+    for key, child in items:
+        flat |= _flatten(child, f"{prefix}{key}.")
+    return flat
