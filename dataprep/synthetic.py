@@ -92,3 +92,32 @@ def write_class_folders(
             paths.append(root / f"class_{label}" / f"{number:03d}.jpg")
             write_jpeg(paths[-1], image)
     return paths
+
+
+def write_camvid_discs(
+    root: Path, count: int, seed: int = 0, *, random_labels: bool = False
+) -> None:
+    """Write `count` training and validation images with label maps, in CamVid's layout.
+
+    72 x 96 pixels with a red and a green disc on blue; the class of a pixel is its colour, and the
+    last six rows are void (label 3). With `random_labels` the labels are of random 8 x 8 blocks.
+    """
+    rng = np.random.default_rng(seed)
+    colours = np.array([[60, 60, 200], [200, 60, 60], [60, 200, 60]])
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text("0 Sky\n1 Red disc\n2 Green disc\n3 Unlabelled\n")
+    y, x = np.mgrid[:72, :96]
+    for split in ("train", "val"):
+        (root / f"{split}annot").mkdir(exist_ok=True)
+        for number in range(count):
+            labels = np.zeros((72, 96), np.uint8)
+            for label in (1, 2):
+                cx, cy = rng.uniform(15, 80), rng.uniform(15, 55)
+                labels[np.hypot(x - cx, y - cy) < 14] = label
+            image = np.clip(colours[labels] + rng.normal(0, 10, (72, 96, 3)), 0, 255)
+            write_jpeg(root / split / f"{number:03d}.jpg", image.astype(np.uint8), quality=95)
+            if random_labels:
+                blocks = rng.integers(0, 3, (9, 12), dtype=np.uint8)
+                labels = np.kron(blocks, np.ones((8, 8), np.uint8))
+            labels[-6:] = 3
+            Image.fromarray(labels).save(root / f"{split}annot" / f"{number:03d}.png")

@@ -75,52 +75,14 @@ def read_split(root: Path, split: str, omitted: Omissions) -> CocoSplit:
     Raises:
         UserError: the file is missing, no JSON, or not of this format.
     """
-    data = _read_json(root / "annotations" / f"instances_{split}.json")
-    categories = {
-        int(entry["id"]): (str(entry["name"]), str(entry.get("supercategory", entry["name"])))
-        for entry in data["categories"]
-    }
-    sizes: dict[int, tuple[Path, int, int]] = {}
-    for entry in data["images"]:
-        name, identity = str(entry["file_name"]), int(entry["id"])
-        path = root / split / name
-        if identity in sizes:
-            omitted.add(f"{split}: image listed twice", name)
-        elif (problem := _image_problem(path, entry)) is not None:
-            omitted.add(f"{split}: {problem}", name)
-        else:
-            sizes[identity] = (path, int(entry["height"]), int(entry["width"]))
-    known = {int(entry["id"]) for entry in data["images"]}
-    instances: dict[int, list[Instance]] = {identity: [] for identity in sizes}
-    seen: set[int] = set()
-    for entry in data["annotations"]:
-        identity, image = int(entry["id"]), int(entry["image_id"])
-        if image not in sizes:
-            if image not in known:
-                omitted.add(f"{split}: annotation of an unknown image", str(identity))
-            continue
-        _, height, width = sizes[image]
-        problem = _instance_problem(entry, height, width, categories)
-        if identity in seen:
-            problem = "annotation id used twice"
-        seen.add(identity)
-        if problem:
-            omitted.add(f"{split}: {problem}", str(identity))
-            continue
-        x, y, w, h = (float(value) for value in entry["bbox"])
-        instances[image].append(
-            Instance(
-                int(entry["category_id"]),
-                entry["segmentation"],
-                (x, y, w, h),
-                bool(entry.get("iscrowd", 0)),
-            )
-        )
-    images = tuple(
-        AnnotatedImage(path, height, width, tuple(instances[identity]))
-        for identity, (path, height, width) in sorted(sizes.items())
-    )
-    return CocoSplit(images, categories)
+    path = root / "annotations" / f"instances_{split}.json"
+    data = _read_json(path)
+    try:
+        return _collect(data, root, split, omitted)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: an entry lacks or garbles {error}; fetch the file again"
+        ) from None
 
 
 def decode_mask(segmentation: Polygons | Rle, height: int, width: int) -> np.ndarray:
@@ -168,6 +130,54 @@ def decode_rle(rle: Rle, height: int, width: int) -> np.ndarray:
         raise ValueError(f"run lengths of size {rle['size']} in an image of {[height, width]}")
     values = np.arange(len(runs)) % 2 == 1  # zeros first
     return np.repeat(values, runs).reshape(width, height).T
+
+
+def _collect(data: dict[str, Any], root: Path, split: str, omitted: Omissions) -> CocoSplit:
+    categories = {
+        int(entry["id"]): (str(entry["name"]), str(entry.get("supercategory", entry["name"])))
+        for entry in data["categories"]
+    }
+    sizes: dict[int, tuple[Path, int, int]] = {}
+    for entry in data["images"]:
+        name, identity = str(entry["file_name"]), int(entry["id"])
+        path = root / split / name
+        if identity in sizes:
+            omitted.add(f"{split}: image listed twice", name)
+        elif (problem := _image_problem(path, entry)) is not None:
+            omitted.add(f"{split}: {problem}", name)
+        else:
+            sizes[identity] = (path, int(entry["height"]), int(entry["width"]))
+    known = {int(entry["id"]) for entry in data["images"]}
+    instances: dict[int, list[Instance]] = {identity: [] for identity in sizes}
+    seen: set[int] = set()
+    for entry in data["annotations"]:
+        identity, image = int(entry["id"]), int(entry["image_id"])
+        if image not in sizes:
+            if image not in known:
+                omitted.add(f"{split}: annotation of an unknown image", str(identity))
+            continue
+        _, height, width = sizes[image]
+        problem = _instance_problem(entry, height, width, categories)
+        if identity in seen:
+            problem = "annotation id used twice"
+        seen.add(identity)
+        if problem:
+            omitted.add(f"{split}: {problem}", str(identity))
+            continue
+        x, y, w, h = (float(value) for value in entry["bbox"])
+        instances[image].append(
+            Instance(
+                int(entry["category_id"]),
+                entry["segmentation"],
+                (x, y, w, h),
+                bool(entry.get("iscrowd", 0)),
+            )
+        )
+    images = tuple(
+        AnnotatedImage(path, height, width, tuple(instances[identity]))
+        for identity, (path, height, width) in sorted(sizes.items())
+    )
+    return CocoSplit(images, categories)
 
 
 def _read_counts(text: str) -> list[int]:

@@ -6,10 +6,10 @@ crop. COCO: every object of 32 px or more, framed by its box.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +33,7 @@ class Config(BaseConfig):
 
     size: Annotated[int, Field(ge=16)] = 224  # side of the network's input in pixels
     k: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 100, 200)
+    # neighbours; `k=20` and `k=10,20` are understood
     temperature: Annotated[float, Field(gt=0)] = 0.07
     pool: Literal["cls", "mean"] = (
         "cls"  # first class token (ResNets: pooled map), or mean of cells
@@ -40,6 +41,13 @@ class Config(BaseConfig):
     batch_size: Annotated[int, Field(ge=1)] = 64
     max_train: Annotated[int, Field(ge=1)] | None = None  # evenly spaced share of a large split
     max_val: Annotated[int, Field(ge=1)] | None = None
+
+    @field_validator("k", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return value.split(",")
+        return (value,) if isinstance(value, int) else value
 
 
 def load(path: Path, config: Config) -> ClassifyData:

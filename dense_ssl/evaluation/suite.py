@@ -137,15 +137,18 @@ def configs_of(tasks: Sequence[str], overrides: Iterable[str]) -> dict[str, Any]
         UserError: no task has the key, or a value is out of range.
     """
     given: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+    own: list[tuple[str, str]] = []
     for override in overrides:
         key, equals, _ = override.partition("=")
         task, dot, _ = key.partition(".")
         if equals and dot and task in given:
-            apply_override(given[task], override.partition(".")[2])
+            own.append((task, override.partition(".")[2]))  # goes before one for all
             continue
         takers = [name for name in tasks if key in TASKS[name].config.model_fields] or list(tasks)
         for name in takers:
             apply_override(given[name], override)
+    for task, override in own:
+        apply_override(given[task], override)
     return {task: validate(TASKS[task].config, given[task], task) for task in tasks}
 
 

@@ -1,0 +1,132 @@
+"""The evaluation command: arguments, results on disk, the untrained network beside, one-line errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataprep.scenes import render
+from dataprep.synthetic import write_class_folders
+from dense_ssl.backbones import BackboneConfig, make_backbone
+from dense_ssl.config import UserError
+from dense_ssl.evaluation import results
+from dense_ssl.evaluation.__main__ import main
+from dense_ssl.evaluation.suite import configs_of, data_paths, evaluate, task_names
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("scenes") / "s"
+    render(out, count=24, seed=1, workers=1, val_share=0.25)
+    return out
+
+
+def test_arguments():
+    assert task_names("knn,segment,knn") == ["knn", "segment"]
+    with pytest.raises(UserError, match="no task 'detect'; there are: knn, segment"):
+        task_names("knn,detect")
+    configs = configs_of(["knn", "segment"], ["segment.size=64,96", "size=128", "k=5"])
+    assert configs["knn"].size == 128 and configs["knn"].k == (5,)
+    assert configs["segment"].size == (64, 96)
+    with pytest.raises(UserError, match=r"sise: unknown key; did you mean size\?"):
+        configs_of(["knn"], ["sise=3"])
+    with pytest.raises(UserError, match=r"steps: .*greater than or equal to 1"):
+        configs_of(["segment"], ["segment.steps=0"])
+
+
+def test_data_arguments(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b=c").mkdir()
+    a, odd = str(tmp_path / "a"), str(tmp_path / "b=c")
+    assert data_paths(["knn", "segment"], a) == {"knn": Path(a), "segment": Path(a)}
+    assert data_paths(["knn", "segment"], f"knn={a},segment={odd}")["segment"] == Path(odd)
+    assert data_paths(["knn"], odd)["knn"] == Path(odd)
+    with pytest.raises(UserError, match="segment: no data given"):
+        data_paths(["knn", "segment"], f"knn={a}")
+    with pytest.raises(UserError, match="no data given"):
+        data_paths(["knn"], "")
+    with pytest.raises(UserError, match="no such data folder"):
+        data_paths(["knn"], f"{a}/missing")
+
+
+def test_command_end_to_end(tmp_path, scenes, capsys):
+    folders = tmp_path / "folders"
+    write_class_folders(folders / "train", classes=3, per_class=6, size=(40, 48))
+    write_class_folders(folders / "val", classes=3, per_class=4, seed=1, size=(40, 48))
+    arguments = [
+        "knn,segment", "--checkpoint", "random:resnet18", "--out", str(tmp_path / "run"),
+        "--data", f"knn={folders},segment={scenes}", "size=32", "k=3", "segment.steps=5",
+        "max_train=18", "--device", "cpu",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "knn/v1" in shown and "segment-linear/v1" in shown and "mIoU" in shown
+    lines = [json.loads(line) for line in (tmp_path / "run/eval.jsonl").read_text().splitlines()]
+    assert [(line["task"], line["metric"]) for line in lines] == [
+        ("knn", "top1@3"), ("knn", "top5@3"),
+        ("segment", "mIoU"), ("segment", "aAcc"), ("segment", "mAcc"),
+    ]  # fmt: skip
+    for line in lines:
+        assert 0 <= line["value"] <= 100 and len(line["weights"]) == 64
+        assert line["settings"]["size"] in (32, [32, 32]) and line["chance"] is not None
+    assert main(arguments) == 0
+    again = [json.loads(line) for line in (tmp_path / "run/eval.jsonl").read_text().splitlines()]
+    assert [line["value"] for line in again[5:]] == [line["value"] for line in lines]
+
+
+def test_trained_network_stands_beside_its_random_self(tmp_path):
+    """The same architecture untrained is computed once per settings and kept."""
+    torch.manual_seed(5)
+    trunk = make_backbone(BackboneConfig(name="resnet18")).trunk
+    torch.save(trunk.state_dict(), tmp_path / "net.pth")
+    write_class_folders(tmp_path / "d/train", 4, 4)
+    write_class_folders(tmp_path / "d/val", 4, 4, seed=1)
+    run = ["knn"], str(tmp_path / "net.pth"), str(tmp_path / "d"), ["size=32", "k=3"]
+    first = evaluate(*run, out=tmp_path / "run", device="cpu")
+    assert all(result.random_init is not None for result in first)
+    baselines = tmp_path / "run" / results.BASELINES
+    record = json.loads(baselines.read_text())
+    record["values"] = dict.fromkeys(record["values"], 12.5)
+    baselines.write_text(json.dumps(record) + "\n")
+    second = evaluate(*run, out=tmp_path / "run", device="cpu")
+    assert {result.random_init for result in second} == {12.5}  # from the file
+    assert [r.value for r in second] == [r.value for r in first]
+    evaluate(*run[:3], ["size=32", "k=2"], out=tmp_path / "run", device="cpu")
+    assert len(baselines.read_text().splitlines()) == 2  # other settings
+    without = evaluate(*run, random=False, device="cpu")
+    assert all(result.random_init is None for result in without)
+
+
+def test_command_reports_mistakes_in_one_line(tmp_path, capsys):
+    for arguments, message in (
+        (["fly", "--checkpoint", "random:resnet18", "--data", str(tmp_path)], "no task 'fly'"),
+        (
+            ["knn", "--checkpoint", str(tmp_path / "x"), "--data", str(tmp_path)],
+            "no such checkpoint",
+        ),
+        (["knn", "--checkpoint", "random:resnet18", "--data", str(tmp_path)], "no folder train/"),
+        (["knn", "--checkpoint", "random:resnet18", "--data", str(tmp_path), "a=1"], "unknown key"),
+    ):
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_a_broken_line_does_not_swallow_the_next(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_text('{"task": "kn')
+    results.append(path, [{"task": "knn"}])
+    assert path.read_text().splitlines() == ['{"task": "kn', '{"task": "knn"}']
+    results.append(path, [{"task": "b"}])
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_table_lines_up():
+    found = results.results_of(
+        {"top1@20": 51.25, "chance/top1": 10.0}, {"top1@20": 30.0}, task="knn", protocol="knn/v1",
+        checkpoint="c", weights="w", data="d", settings={}, omitted=[],
+    )  # fmt: skip
+    head, _, row = results.table(found).splitlines()
+    assert row.split() == ["knn/v1", "top1@20", "51.25", "30.00", "+21.25", "10.00"]
+    assert len(head) == len(row)
