@@ -158,9 +158,11 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
         task, protocol, metric = (str(record.get(k, "")) for k in ("task", "protocol", "metric"))
         label = str(record.get("checkpoint", "run"))
         labels[label] = None
-        rows.setdefault((task, protocol, metric), {})[label] = float(
-            record["value"]
-        )  # a later result replaces an earlier
+        row = rows.setdefault((task, protocol, metric), {})
+        row[label] = float(record["value"])  # a later result replaces an earlier
+        if isinstance(record.get("random_init"), int | float):  # the same network, untrained
+            labels["random initialisation"] = None
+            row["random initialisation"] = float(record["random_init"])
     if not rows:
         return (
             '<p class="soft">Nothing evaluated yet. The command is below; results appear here when '
