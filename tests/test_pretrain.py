@@ -108,6 +108,46 @@ def test_resumed_at_any_step_it_ends_with_the_same_weights_and_log(recipe, tmp_p
         assert all(step in (stop, stop + 1) for step in extra)
 
 
+@pytest.fixture(scope="module")
+def shards(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "set"
+    command = [
+        "folder",
+        "--src",
+        str(images),
+        "--out",
+        str(out),
+        "--format",
+        "both",
+        "--size",
+        "96",
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "dataprep", *command], cwd=ROOT, check=True, capture_output=True
+    )
+    return out
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        pytest.param("ffcv", marks=pytest.mark.ffcv),
+        pytest.param("dali", marks=pytest.mark.dali),
+        "folder",
+    ],
+)
+def test_every_loader_resumes_to_the_bit(recipe, shards, capsys, loader):
+    if loader != "folder":
+        pytest.importorskip({"ffcv": "ffcv", "dali": "nvidia.dali"}[loader])
+    data = (f"data.path={shards}", f"data.loader={loader}", "data.workers=1")
+    _, want, _ = run(capsys, recipe(f"{loader}-whole"), *data, "train.steps=9")
+    for stop in (4, 5):  # within an epoch and at its end
+        path = recipe(f"{loader}-{stop}")
+        assert run(capsys, path, *data, f"train.steps={stop}")[0] == 0
+        code, got, _ = run(capsys, path, *data, "train.steps=9")
+        assert (code, got) == (0, want)
+
+
 def test_a_finished_run_says_so_again(recipe, capsys):
     path = recipe("twice")
     _, first, _ = run(capsys, path, "train.steps=4")
