@@ -207,7 +207,10 @@ def _anchor(view: ViewSpec, where: dict[str, slice]) -> slice:
             raise UserError(f"{key}: {name} has only {crops.stop - crops.start} crops")
         crops = slice(position, position + 1)
     if crops.stop >= where[view.name].stop:
-        raise UserError(f"{key} is not drawn earlier: put view {name!r} before {view.name!r}")
+        remedy = f"put view {name!r} before {view.name!r}"
+        if name == view.name:
+            remedy = "no crop of the view comes after it"
+        raise UserError(f"{key} is not drawn earlier: {remedy}")
     return crops
 
 
