@@ -191,13 +191,11 @@ def test_linear_probe_separates_cells_above_95_percent():
     features = F.one_hot(truth.flatten(1), 4).float() * 2
     features = features + 0.3 * torch.randn(features.shape, generator=generator)
     config = segment.Config(steps=200, batch_size=8)
-    mean, scale = features.mean((0, 1)), 1 / features.std((0, 1))
 
     def accuracy(labels: Tensor) -> float:
-        weight, bias = segment.fit_linear(
-            features, labels.to(torch.uint8), (6, 8), 4, mean, scale, config, torch.device("cpu")
-        )
-        said = ((features - mean) * scale @ weight.T + bias).argmax(2).view(24, 6, 8)
+        cpu = torch.device("cpu")
+        probe = segment.fit_probe(features, labels.to(torch.uint8), (6, 8), 4, config, cpu)
+        said = probe.scores(features, (6, 8)).argmax(1)
         return (said == labels).float().mean().item()
 
     assert accuracy(truth) > 0.95

@@ -10,10 +10,12 @@ def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
     labels and predicted are integers of one shape; labels outside 0 .. classes-1 (void) count nowhere.
     """
-    labels, predicted = labels.flatten().long(), predicted.flatten().long()
-    valid = (labels >= 0) & (labels < classes)
-    cells = labels[valid] * classes + predicted[valid]
-    return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+    truth = labels.cpu().numpy().astype(np.int64).ravel()
+    said = predicted.cpu().numpy().astype(np.int64).ravel()
+    valid = (truth >= 0) & (truth < classes)
+    cells = truth[valid] * classes + said[valid]
+    counts = np.bincount(cells, minlength=classes * classes)
+    return torch.from_numpy(counts).view(classes, classes)
 
 
 def segmentation_scores(matrix: Tensor) -> dict[str, float]:

@@ -8,7 +8,9 @@ validation split, every label map at its own size, void left out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,7 +53,7 @@ class Config(BaseConfig):
     labels: Literal["category", "supercategory"] = (
         "category"  # COCO only; 80 classes need many images
     )
-    steps: Annotated[int, Field(ge=1)] = 500
+    steps: Annotated[int, Field(ge=1)] = 1000
     batch_size: Annotated[int, Field(ge=1)] = 16
     lr: Annotated[float, Field(gt=0)] = 3e-2  # cosine to zero
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
@@ -92,19 +94,14 @@ def run(
     if not frequencies.any():
         raise UserError("train: every pixel is void")
     device = next(backbone.parameters()).device
-    grid = tuple(math.ceil(side / backbone.stride) for side in config.size)
-    mean, scale = _standardisation(train.features)
-    weight, bias = fit_linear(
-        train.features, labels, (grid[0], grid[1]), classes, mean, scale, config, device
-    )
+    grid = (config.size[0] // backbone.stride, config.size[1] // backbone.stride)
+    probe = fit_probe(train.features, labels, grid, classes, config, device)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     truths = in_order(lambda i: torch.from_numpy(data.val[i].read_labels()), val.kept.tolist(), 16)
-    for cells, truth in zip(val.features, truths):
-        standard = (cells.to(device).float() - mean.to(device)) * scale.to(device)
-        scores = _upsampled(
-            _as_map(standard[None] @ weight.T + bias, (grid[0], grid[1])), truth.shape
-        )
-        matrix += confusion(truth, scores[0].argmax(0).cpu(), classes)
+    with torch.inference_mode(), _threads_for(0):
+        for cells, truth in zip(val.features, truths):
+            scores = probe.scores(cells[None].to(device), truth.shape)
+            matrix += confusion(truth, scores[0].max(0).indices, classes)
     if not matrix.any():
         raise UserError("val: every pixel is void")
     chance = torch.zeros_like(matrix)
@@ -113,48 +110,73 @@ def run(
     return segmentation_scores(matrix) | {f"chance/{name}": v for name, v in by_chance.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A linear layer on standardised cells."""
+
+    grid: tuple[int, int]
+    mean: Tensor  # [D] of the training cells
+    scale: Tensor  # [D] 1 / their deviation
+    weight: Tensor  # [C, D]
+    bias: Tensor  # [C]
+
+    def scores(self, cells: Tensor, size: Sequence[int]) -> Tensor:
+        """Return class scores [B, C, *size] of cells [B, N, D]."""
+        scores = (cells.float() - self.mean) * self.scale @ self.weight.T + self.bias  # [B, N, C]
+        maps = scores.transpose(1, 2).reshape(len(cells), len(self.bias), *self.grid)
+        return _upsampled(maps, size)
+
+
 @torch.enable_grad()
-def fit_linear(
+def fit_probe(
     features: Tensor,
     labels: Tensor,
     grid: tuple[int, int],
     classes: int,
-    mean: Tensor,
-    scale: Tensor,
     config: Config,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Return weight [C, D] and bias [C] of the linear layer on `(features - mean) * scale`.
+) -> Probe:
+    """Return the probe trained on cells [n, N, D] of a `grid` and labels uint8 [n, h, w] with VOID.
 
-    features [n, N, D] are cells of a `grid`, labels uint8 [n, h, w] with VOID. The result depends on
-    the arguments alone: the layer starts at zero, and the order of images comes from `config.seed`.
+    The layer starts at zero and the order of images comes from `config.seed`: nothing else is random.
     """
     generator = torch.Generator().manual_seed(config.seed)
+    mean, scale = (part.to(device) for part in _standardisation(features))
     weight = torch.zeros(classes, features.shape[2], device=device, requires_grad=True)
     bias = torch.zeros(classes, device=device, requires_grad=True)
+    probe = Probe(grid, mean, scale, weight, bias)
     optimiser = torch.optim.AdamW([weight, bias], lr=config.lr, weight_decay=config.weight_decay)
-    mean, scale = mean.to(device), scale.to(device)
     order: list[int] = []
-    for step in range(config.steps):
-        while len(order) < config.batch_size:
-            order += torch.randperm(len(features), generator=generator).tolist()
-        batch, order = order[: config.batch_size], order[config.batch_size :]
-        cells = (features[batch].to(device).float() - mean) * scale
-        target = labels[batch].to(device).long()
-        scores = _upsampled(_as_map(cells @ weight.T + bias, grid), target.shape[1:])
-        labelled = (target != VOID).sum().clamp(min=1)  # a batch may be void everywhere
-        loss = F.cross_entropy(scores, target, ignore_index=VOID, reduction="sum") / labelled
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-    return weight.detach(), bias.detach()
+    work = config.batch_size * classes * (features[0].numel() + labels[0].numel())
+    with _threads_for(work):
+        for step in range(config.steps):
+            while len(order) < config.batch_size:
+                order += torch.randperm(len(features), generator=generator).tolist()
+            batch, order = order[: config.batch_size], order[config.batch_size :]
+            target = labels[batch].to(device).long()
+            scores = probe.scores(features[batch].to(device), target.shape[1:])
+            labelled = (target != VOID).sum().clamp(min=1)  # a batch may be void everywhere
+            loss = F.cross_entropy(scores, target, ignore_index=VOID, reduction="sum") / labelled
+            for group in optimiser.param_groups:
+                group["lr"] = config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+    return Probe(grid, mean, scale, weight.detach(), bias.detach())
 
 
-def _as_map(scores: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[B, N, C] row-major cells to a map [B, C, rows, columns]."""
-    return scores.transpose(1, 2).reshape(len(scores), scores.shape[2], *grid)
+@contextmanager
+def _threads_for(work: int) -> Iterator[None]:
+    """Give torch one CPU thread per 50 M multiplications of a step, at most those it has.
+
+    Waking threads for small operations costs more than it saves: ten times where cores are shared.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, max(1, work // 50_000_000)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
