@@ -206,7 +206,7 @@ def _draw_place(
 ) -> _Placement:
     """A place for an object at `depth` (0 near, 1 far): far ones are small and near the horizon."""
     side = min(height, width)
-    radius = side * 0.3 / (1 + 2.6 * depth) * rng.uniform(0.75, 1.3)
+    radius = side * 0.38 / (1 + 2.4 * depth) * rng.uniform(0.75, 1.3)
     x = rng.uniform(0, width)
     if horizon is None:
         y = rng.uniform(0, height)
