@@ -13,19 +13,21 @@ from dense_ssl.config import UserError
 def measure(task: Task) -> dict[str, float]:
     """Return images, seconds and processor seconds of a task, and how long its warm-up took."""
     start = time.perf_counter()
-    batches = iter(importlib.import_module(f"dense_ssl.benches.{task.arm}").batches(task))
+    batches = importlib.import_module(f"dense_ssl.benches.{task.arm}").batches(task)
     for _ in range(WARM_BATCHES):
         next(batches)
     warm_s = time.perf_counter() - start
     images, cpu, wall = 0, cpu_seconds(os.getpid()), time.perf_counter()
     while images < task.images:
         images += next(batches)
-    return {
+    result = {
         "images": images,
         "wall_s": time.perf_counter() - wall,
         "cpu_s": max(cpu_seconds(os.getpid()) - cpu, TICK_S),
         "warm_s": warm_s,
     }
+    batches.close()  # ends worker processes
+    return result
 
 
 if __name__ == "__main__":
@@ -36,4 +38,4 @@ if __name__ == "__main__":
     except UserError as error:
         result = {"absent": str(error)}
     print(json.dumps(result), flush=True)
-    os._exit(0)  # the caller ends the workers: queues full of unwanted batches wind down slowly
+    os._exit(0)  # threads in the middle of unwanted batches wind down slowly

@@ -32,11 +32,17 @@ class _Rows:
 
 def batches(task: Task) -> Iterator[int]:
     """Yield the number of images of each batch."""
+    torch.set_num_threads(
+        1
+    )  # as for the peers: waiting threads of OpenMP spin, and would be counted
     config = DataConfig.model_validate(
         {"path": task.data, "loader": task.loader, "workers": task.workers}
     )
     source = open_source(config)
     rows = _Rows(len(source.sizes), task.order(len(source.sizes)))
     loader = make_loader(config, task.views, rows, torch.device(task.device), source)
-    for batch in loader.epoch(0):
-        yield len(batch.index)
+    try:
+        for batch in loader.epoch(0):
+            yield len(batch.index)
+    finally:
+        loader.close()
