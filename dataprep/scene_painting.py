@@ -4,13 +4,22 @@ A scene is a pure function of (seed, index). Colours of backdrop and objects com
 scene as often as not, so neither colour nor brightness gives an object away.
 """
 
-import colorsys
 import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from dataprep.scene_backdrops import (
+    Colour,
+    Light,
+    backdrop,
+    contrasting,
+    draw_colour,
+    draw_light,
+    mix,
+    pick,
+)
 from dataprep.scene_shapes import CLASSES, ShapeClass
 from dataprep.scene_surfaces import Field, Surface
 from dataprep.scene_textures import sample, texture
@@ -18,11 +27,6 @@ from dataprep.scene_textures import sample, texture
 SIZES = ((256, 256), (256, 320), (320, 256), (288, 288), (256, 288))  # (height, width)
 MIN_VISIBLE_PX = 60  # an object with less to see is not placed
 MIN_VISIBLE_SHARE = 0.3  # of its own outline inside the image
-
-Colour = tuple[float, float, float]  # linear mixing weights per channel, 0..1
-
-_WALLS = ("bricks", "planks", "tiles", "weave", "stripes", "dots", "marble", "stone", "cracks")
-_GROUNDS = ("blades", "grain", "stone", "cells", "planks", "tiles", "bricks", "weave", "patches")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +36,6 @@ class Scene:
     image: np.ndarray  # uint8 [H, W, 3]
     owner: np.ndarray  # uint8 [H, W]: 0 is the backdrop, k the k-th object
     categories: tuple[int, ...]  # index into CLASSES of object 1, 2, ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Light:
-    """A directional light: unit vector towards it (x right, y down, z to the viewer), and tint."""
-
-    x: float
-    y: float
-    z: float
-    ambient: float
-    tint: Colour
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +53,9 @@ def paint_scene(seed: int, index: int) -> Scene:
     """Return scene `index` of the set `seed`: three to ten objects before a backdrop."""
     rng = np.random.default_rng([seed, index])
     height, width = SIZES[int(rng.integers(len(SIZES)))]
-    light = _draw_light(rng)
-    pool = [_draw_colour(rng) for _ in range(4)]
-    canvas, horizon = _backdrop(rng, height, width, light, pool)
+    light = draw_light(rng)
+    pool = [draw_colour(rng) for _ in range(4)]
+    canvas, horizon = backdrop(rng, height, width, light, pool)
     owner = np.zeros((height, width), np.uint8)
     categories: list[int] = []
     depths = np.sort(rng.random(int(rng.integers(4, 10))))[::-1].tolist()  # far objects first
@@ -74,126 +67,6 @@ def paint_scene(seed: int, index: int) -> Scene:
                 categories.append(category)
                 break
     return Scene(_develop(rng, canvas), owner, tuple(categories))
-
-
-def _draw_light(rng: np.random.Generator) -> _Light:
-    turn = rng.uniform(-math.pi, 0)  # from above, left to right
-    rise = rng.uniform(0.45, 1.1)
-    warmth = rng.normal(0, 0.06)
-    return _Light(
-        math.cos(turn) * math.cos(rise),
-        math.sin(turn) * math.cos(rise),
-        math.sin(rise),
-        rng.uniform(0.25, 0.5),
-        (1 + warmth, 1.0, 1 - warmth),
-    )
-
-
-def _draw_colour(rng: np.random.Generator) -> Colour:
-    return colorsys.hsv_to_rgb(rng.random(), rng.beta(1.3, 1.9), rng.uniform(0.22, 0.95))
-
-
-def _contrasting(rng: np.random.Generator, colour: Colour) -> Colour:
-    """A second colour for the same surface: lighter or darker, and often of another hue."""
-    hue, saturation, value = colorsys.rgb_to_hsv(*colour)
-    value = value - rng.uniform(0.18, 0.45) if value > 0.55 else value + rng.uniform(0.18, 0.45)
-    hue = hue + rng.normal(0, 0.12)
-    saturation = min(max(saturation + rng.normal(0, 0.15), 0), 1)
-    return colorsys.hsv_to_rgb(hue % 1, saturation, value)
-
-
-def _pick(rng: np.random.Generator, pool: list[Colour]) -> Colour:
-    return pool[int(rng.integers(len(pool)))] if rng.random() < 0.5 else _draw_colour(rng)
-
-
-def _mix(first: Colour, second: Colour, share: Field) -> np.ndarray:
-    """First where `share` is 0, second where it is 1; float32 [h, w, 3]."""
-    a, b = np.array(first, np.float32), np.array(second, np.float32)
-    return a + share[..., None] * (b - a)
-
-
-def _relief(height: Field, light: _Light, depth: float) -> Field:
-    """Brightness of a bumpy plane facing the viewer, about 1 where it is flat."""
-    slope = np.zeros_like(height)
-    slope[:, 1:-1] += (height[:, 2:] - height[:, :-2]) * -light.x
-    slope[1:-1] += (height[2:] - height[:-2]) * -light.y
-    return 1 + depth * slope
-
-
-def _textured(
-    rng: np.random.Generator, name: str, s: Field, t: Field, light: _Light, pool: list[Colour]
-) -> np.ndarray:
-    """A flat textured area in two related colours, with relief; float32 [h, w, 3]."""
-    value = texture(name, s, t)
-    colour = _pick(rng, pool)
-    area = _mix(colour, _contrasting(rng, colour), value * rng.uniform(0.5, 1))
-    return area * _relief(value, light, rng.uniform(0.1, 0.5))[..., None]
-
-
-def _backdrop(
-    rng: np.random.Generator, height: int, width: int, light: _Light, pool: list[Colour]
-) -> tuple[np.ndarray, float | None]:
-    """Return the empty scene, float32 [H, W, 3], and the row of its horizon if it has one."""
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    kind = rng.integers(4)
-    horizon = height * rng.uniform(0.22, 0.5) if kind < 2 else None
-    x0, y0 = rng.uniform(0, 512, 2).tolist()
-    if kind == 0:  # sky, hills and ground
-        assert horizon is not None
-        clouds = np.clip(
-            sample("cloud", x0 + x * 1.3, y0 + y * 2.5) * 2 - rng.uniform(0, 1.4), 0, 1
-        )
-        top = _draw_colour(rng)
-        canvas = _mix(top, _draw_colour(rng), np.clip(y / horizon, 0, 1))
-        canvas += clouds[..., None] * (0.92 - canvas) * rng.uniform(0.3, 1)
-        ridge = sample("cloud", x0 + x[:1] * 1.2, np.full_like(x[:1], y0)) * height * 0.2
-        hills = y > horizon - ridge
-        canvas = np.where(
-            hills[..., None], _textured(rng, "blades", x, y, light, pool) * 0.8, canvas
-        )
-    elif kind == 1:  # a wall
-        scale = 1 / rng.uniform(0.7, 2.2)
-        canvas = _textured(
-            rng, str(rng.choice(_WALLS)), x0 + x * scale, y0 + y * scale, light, pool
-        )
-    elif kind == 2:  # seen from straight above
-        turn, scale = rng.uniform(0, math.pi), 1 / rng.uniform(0.6, 2.0)
-        c, s = math.cos(turn) * scale, math.sin(turn) * scale
-        name = str(rng.choice(_GROUNDS + _WALLS))
-        canvas = _textured(rng, name, x0 + c * x + s * y, y0 + c * y - s * x, light, pool)
-    else:  # out of focus: soft clouds of colour and discs
-        share = sample("cloud", x0 + x * 0.6, y0 + y * 0.6)
-        colour = _pick(rng, pool)
-        canvas = _mix(colour, _contrasting(rng, colour), share)
-        canvas = np.ascontiguousarray(canvas)
-        for _ in range(int(rng.integers(5, 25))):
-            cx, cy, r = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(6, 40)
-            disc = np.clip((r - np.hypot(x - cx, y - cy)) / 4 + 0.5, 0, 1)[..., None]
-            canvas += (
-                disc * rng.uniform(0.05, 0.3) * (np.array(_pick(rng, pool), np.float32) - canvas)
-            )
-    if horizon is not None:
-        canvas = _with_floor(rng, canvas, horizon, light, pool)
-    glow_x, glow_y = rng.uniform(0, width), rng.uniform(0, height)
-    glow = np.exp(-((x - glow_x) ** 2 + (y - glow_y) ** 2) / (rng.uniform(0.5, 1.5) * width) ** 2)
-    canvas *= (rng.uniform(0.65, 0.95) + 0.4 * glow)[..., None]
-    return canvas, horizon
-
-
-def _with_floor(
-    rng: np.random.Generator, canvas: np.ndarray, horizon: float, light: _Light, pool: list[Colour]
-) -> np.ndarray:
-    """Lay a floor in perspective below the row `horizon`."""
-    height, width = canvas.shape[:2]
-    first = math.ceil(horizon)
-    y, x = np.mgrid[first:height, :width].astype(np.float32)
-    away = height / (y - horizon + 0.12 * height)  # 1 at the feet of the viewer, about 8 at the end
-    s = (x - width * rng.uniform(0.2, 0.8)) * away * 0.6 + rng.uniform(1000, 1512)
-    t = away * height * rng.uniform(0.4, 0.8)
-    floor = _textured(rng, str(rng.choice(_GROUNDS)), s, t, light, pool)
-    haze = np.clip((away - 2) / 12, 0, 0.5)[..., None]  # texture beyond the pixel grid fades out
-    canvas[first:] = floor + haze * (floor.mean((0, 1)) - floor)
-    return canvas
 
 
 def _draw_place(
@@ -228,7 +101,7 @@ def _paint_object(
     number: int,
     category: int,
     place: _Placement,
-    light: _Light,
+    light: Light,
     pool: list[Colour],
 ) -> bool:
     """Paint object `number` with its shadow in place; False, with nothing done, if it fits badly."""
@@ -256,8 +129,8 @@ def _paint_object(
     colours = _object_colours(rng, shape, surface, place.radius, pool)
     shaded = _lit(rng, colours, normal, light)
     _cast_shadow(rng, canvas, cover, (left, top), place.radius, light)
-    patch = canvas[top:bottom, left:right]
-    patch += cover[..., None] * (shaded - patch)
+    patch = canvas[:, top:bottom, left:right]
+    patch += cover * (shaded - patch)
     here[mask] = number
     return True
 
@@ -286,22 +159,24 @@ def _leaves_enough(owner: np.ndarray, here: np.ndarray, mask: np.ndarray, radius
 def _object_colours(
     rng: np.random.Generator, shape: ShapeClass, surface: Surface, radius: float, pool: list[Colour]
 ) -> np.ndarray:
-    """Colour of every pixel before light, float32 [h, w, 3]."""
-    base = _pick(rng, pool)
-    second = _contrasting(rng, base)
-    accent = _contrasting(rng, base) if rng.random() < 0.5 else _pick(rng, pool)
+    """Colour of every pixel before light, float32 [3, h, w]."""
+    base = pick(rng, pool)
+    second = contrasting(rng, base)
+    accent = contrasting(rng, base) if rng.random() < 0.5 else pick(rng, pool)
     scale = rng.uniform(0.8, 1.3) * (45 + 0.35 * radius)  # texels per object unit
     s = surface.s * scale + rng.uniform(1000, 1512)
     t = surface.t * scale + rng.uniform(1000, 1512)
     value = texture(shape.textures[int(rng.integers(len(shape.textures)))], s, t)
-    colours = _mix(base, second, value * rng.uniform(0.4, 1))
-    return colours + surface.mark[..., None] * (np.array(accent, np.float32) - colours)
+    colours = mix(base, second, value * rng.uniform(0.4, 1))
+    for plane, value in zip(colours, accent):
+        plane += surface.mark * (value - plane)
+    return colours
 
 
 def _lit(
-    rng: np.random.Generator, colours: np.ndarray, normal: tuple[Field, Field, Field], light: _Light
+    rng: np.random.Generator, colours: np.ndarray, normal: tuple[Field, Field, Field], light: Light
 ) -> np.ndarray:
-    """Colours under ambient, diffuse and specular light (Blinn-Phong), float32 [h, w, 3]."""
+    """Colours under ambient, diffuse and specular light (Blinn-Phong), float32 [3, h, w]."""
     nx, ny, nz = normal
     diffuse = np.maximum(nx * light.x + ny * light.y + nz * light.z, 0)
     strength = light.ambient * (0.75 - 0.25 * ny) + (1.15 - light.ambient) * diffuse
@@ -309,7 +184,7 @@ def _lit(
     half = math.hypot(light.x, light.y, light.z + 1)
     towards = np.maximum((nx * light.x + ny * light.y + nz * (light.z + 1)) / half, 0)
     gloss = rng.uniform(0, 0.6) * towards ** rng.uniform(8, 50)
-    return colours * (strength[..., None] * np.array(light.tint, np.float32)) + gloss[..., None]
+    return np.stack([plane * strength * tint + gloss for plane, tint in zip(colours, light.tint)])
 
 
 def _cast_shadow(
@@ -318,7 +193,7 @@ def _cast_shadow(
     cover: Field,
     corner: tuple[int, int],
     radius: float,
-    light: _Light,
+    light: Light,
 ) -> None:
     """Darken the canvas where the object keeps the light off, softly, away from the light."""
     blur = radius * rng.uniform(0.08, 0.2) + 1
@@ -335,23 +210,24 @@ def _cast_shadow(
     )
     left = corner[0] - pad - round(light.x * distance)
     top = corner[1] - pad - round(light.y * distance)
-    height, width = canvas.shape[:2]
+    height, width = canvas.shape[1:]
     x0, x1 = max(left, 0), min(left + shade.shape[1], width)
     y0, y1 = max(top, 0), min(top + shade.shape[0], height)
     if x0 < x1 and y0 < y1:
-        canvas[y0:y1, x0:x1] *= 1 - shade[y0 - top : y1 - top, x0 - left : x1 - left, None]
+        canvas[:, y0:y1, x0:x1] *= 1 - shade[y0 - top : y1 - top, x0 - left : x1 - left]
 
 
 def _develop(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     """Exposure, contrast, slight defocus and sensor noise; returns uint8 [H, W, 3]."""
-    height, width = canvas.shape[:2]
+    height, width = canvas.shape[1:]
     canvas *= rng.uniform(0.85, 1.2)
     canvas += rng.uniform(-0.03, 0.05)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     x0, y0 = rng.uniform(0, 512, 2).tolist()
     noise = sample("grain", x + x0, y + y0) - 0.5
-    canvas += (noise * rng.uniform(0.01, 0.06))[..., None]
-    image = Image.fromarray((np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8))
+    canvas += noise * rng.uniform(0.01, 0.06)
+    planes = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
     return np.asarray(image)
