@@ -182,7 +182,7 @@ def _apply(op: Op, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 def _to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """Return the arrays as tensors on `device`, sent there in one copy the host does not wait for."""
-    if device.type == "cpu":
+    if device.type == "cpu" or not arrays:
         return [torch.from_numpy(array) for array in arrays]
     padded = [-(-array.nbytes // 16) * 16 for array in arrays]  # typed views need aligned starts
     packed = torch.empty(sum(padded), dtype=torch.uint8, pin_memory=True)
