@@ -430,6 +430,23 @@ def test_ffcv_needs_ffcvs_format(tmp_path):
         load("ffcv", tmp_path, Order(1, 1), views=VIEWS[:1])
 
 
+@pytest.mark.ffcv
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [(0, "FFCV cannot open it"), (2107, "not that of the shard set"), (-16, "table of records")],
+)
+def test_a_damaged_ffcv_file_is_named(shards, tmp_path, at, message):
+    available("ffcv")
+    out = tmp_path / "shards"
+    shutil.copytree(shards, out)
+    beton = Manifest.load(out).beton
+    data = bytearray(beton.read_bytes())
+    data[at] ^= 0x10
+    beton.write_bytes(data)
+    with pytest.raises(UserError, match=f"images.beton: .*{message}.*make verify"):
+        load("ffcv", out)
+
+
 def test_a_twin_of_no_image_is_refused(shards):
     with pytest.raises(UserError, match="view 'twin': part=0.5 of 1 images"):
         load("folder", shards, Order(COUNT, 1))

@@ -74,7 +74,7 @@ class FfcvLoader:
         self._decoder = _Decoder(self._cutter)
         self._file = _open(source, self._decoder, order.micro_batch, min(workers, threads))
         self._bytes = np.memmap(source.manifest.beton, np.uint8, "r")
-        self._extents = _extents(self._file)
+        self._extents = _extents(self._file, source)
         self._live: Generator[MultiCropBatch] | None = None
 
     @property
@@ -202,37 +202,52 @@ def _open(source: ShardSource, decoder: _Decoder, batch_size: int, workers: int)
     """Return FFCV's loader of the shard set's file.
 
     Raises:
-        UserError: the file does not describe the records of the shard set.
+        UserError: it is not a file of FFCV's.
     """
     threads = torch.get_num_threads(), nb.get_num_threads()
     pipelines: dict[str, Any] = {"image": PipelineSpec("image", decoder=decoder), "label": None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that Python has deprecated since
-        file = StockLoader(
-            str(source.manifest.beton),
-            batch_size=batch_size,
-            num_workers=workers,
-            pipelines=pipelines,
-            drop_last=False,
-            batches_ahead=BATCHES_AHEAD,
-        )
+        try:
+            file = StockLoader(
+                str(source.manifest.beton),
+                batch_size=batch_size,
+                num_workers=workers,
+                pipelines=pipelines,
+                drop_last=False,
+                batches_ahead=BATCHES_AHEAD,
+            )
+        except (AssertionError, LookupError, OSError, ValueError) as error:
+            raise _damaged(source, f"FFCV cannot open it ({error})") from error
     torch.set_num_threads(threads[0])  # FFCV sets both to its own number
     nb.set_num_threads(threads[1])
-    image = file.reader.metadata["f0"]
-    sizes = np.stack([image["height"], image["width"]], axis=1)
-    if not np.array_equal(sizes, source.sizes) or image["mode"].any():
-        raise UserError(f"{source.manifest.beton}: is not of this shard set; convert it again")
     return file
 
 
-def _extents(file: StockLoader) -> np.ndarray:
-    """Return where the JPEG of each record lies in the file, int64 [n, 2]: offset and length."""
-    allocations = file.reader.alloc_table
-    order = np.argsort(allocations["ptr"])
-    offsets = file.reader.metadata["f0"]["data_ptr"]
-    found = np.searchsorted(allocations["ptr"], offsets, sorter=order)
-    lengths = allocations["size"][order[np.minimum(found, len(order) - 1)]]
-    return np.stack([offsets, lengths], axis=1).astype(np.int64)
+def _extents(file: StockLoader, source: ShardSource) -> np.ndarray:
+    """Return where the JPEG of each record lies in the file, int64 [n, 2]: offset and length.
+
+    Raises:
+        UserError: the file does not describe the records of the shard set.
+    """
+    image = file.reader.metadata["f0"]
+    sizes = np.stack([image["height"], image["width"]], axis=1)
+    if not np.array_equal(sizes, source.sizes) or image["mode"].any():
+        raise _damaged(source, "its metadata is not that of the shard set")
+    allocations = np.sort(file.reader.alloc_table, order="ptr")
+    found = np.searchsorted(allocations["ptr"], image["data_ptr"])
+    found = np.minimum(found, max(len(allocations) - 1, 0))
+    extents = np.stack([image["data_ptr"], allocations["size"][found]], axis=1).astype(np.int64)
+    bytes_in_file = source.manifest.beton.stat().st_size
+    if (allocations["ptr"][found] != image["data_ptr"]).any() or (
+        extents.sum(axis=1) > bytes_in_file
+    ).any():
+        raise _damaged(source, "its table of records is damaged")
+    return extents
+
+
+def _damaged(source: ShardSource, what: str) -> UserError:
+    return UserError(f"{source.manifest.beton}: {what}; check it with `make verify`, convert again")
 
 
 def _next(iterator: EpochIterator) -> np.ndarray:
