@@ -72,15 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as files:
             facts = _facts(source, Path(files), args)
             _say(_heading(facts))
-            rounds = _measure(args, files)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with args.out.open("a") as out:
+                rounds = _measure(args, files, facts, out)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     for recipe in args.recipes:
         _say(table(recipe, [r for r in rounds if r["recipe"] == recipe]))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a") as out:
-        out.writelines(json.dumps({**facts, **result}) + "\n" for result in rounds)
     _say(f"every round is in {args.out}")
     return 0
 
@@ -167,8 +166,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _measure(args: argparse.Namespace, files: str) -> list[dict[str, Any]]:
-    """Return one result per round, recipe and arm."""
+def _measure(
+    args: argparse.Namespace, files: str, facts: dict[str, Any], out: IO[str]
+) -> list[dict[str, Any]]:
+    """Return one result per round, recipe and arm, each written to `out` as soon as it is there."""
     results = []
     arms = [arm for arm in ARMS if args.only in arm.title]
     for number in range(args.rounds):
@@ -192,6 +193,8 @@ def _measure(args: argparse.Namespace, files: str) -> list[dict[str, Any]]:
             )
             told = {"title": arm.title, "peer": arm.peer, "round": number, **asdict(task)}
             results.append({**told, **_run(task)})
+            out.write(json.dumps({**facts, **results[-1]}) + "\n")
+            out.flush()
     _progress("")
     return results
 
