@@ -125,15 +125,14 @@ class _Cutter(Dataset):
         height, width = self._source.sizes[record.number]
         if image.size != (width, height):
             raise ValueError(f"{image.width} x {image.height} px instead of {width} x {height}")
-        return [
-            torch.stack(
-                [
-                    cut_one(image, record.boxes[v], bool(record.flipped[v]), view)
-                    for v in range(self._where[view.name].start, self._where[view.name].stop)
-                ]
-            )
-            for view in self._views
-        ]
+        crops = []
+        for view in self._views:
+            where = self._where[view.name]
+            pixels = np.empty((view.count, 3, view.size, view.size), np.uint8)
+            for crop, box, flip in zip(pixels, record.boxes[where], record.flipped[where]):
+                crop[:] = cut_one(image, box, bool(flip), view).numpy()
+            crops.append(torch.from_numpy(pixels))
+        return crops
 
 
 def cut_one(image: Image.Image, box: np.ndarray, flipped: bool, view: ViewSpec) -> Tensor:
@@ -147,7 +146,11 @@ def cut_one(image: Image.Image, box: np.ndarray, flipped: bool, view: ViewSpec) 
 def _stack(views: Sequence[ViewSpec], crops: list[list[Tensor]]) -> dict[str, Tensor]:
     """Return uint8 [V, B, 3, S, S] by view."""
     names = [view.name for view in cut_views(views)]
-    return {name: torch.stack(rows, dim=1) for name, rows in zip(names, zip(*crops), strict=True)}
+    # By numpy: torch would wake its threads for every batch, and they starve the workers.
+    return {
+        name: torch.from_numpy(np.stack([row.numpy() for row in rows], axis=1))
+        for name, rows in zip(names, zip(*crops), strict=True)
+    }
 
 
 def _collate(crops: list[list[Tensor] | str]) -> list[list[Tensor] | str]:
