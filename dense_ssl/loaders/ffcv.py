@@ -102,10 +102,13 @@ class FfcvLoader:
         self._cutter.follow(plan)
         self._decoder.calls[0] = 0
         pending = deque(self._place(i, len(batch)) for i, batch in enumerate(order[:RING]))
+        threads = torch.get_num_threads()
         iterator = EpochIterator(self._file, np.concatenate(order))  # pyright: ignore[reportArgumentType]
         try:
             for number, wanted in enumerate(order):
                 status = _next(iterator)
+                if number == 0:
+                    torch.set_num_threads(threads)  # what FFCV's thread began by changing
                 images = pending.popleft()
                 index = self._check(wanted, status, images)
                 if number + RING < len(order):
