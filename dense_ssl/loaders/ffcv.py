@@ -41,6 +41,9 @@ with warnings.catch_warnings():
     from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.state import State
 torch.set_num_threads(_torch_threads)  # FFCV's import sets it to 1
+if nb.config.THREADING_LAYER == "default":  # pyright: ignore[reportAttributeAccessIssue]
+    # numba's last resort, "workqueue", ends the process when two loaders run at a time.
+    nb.config.THREADING_LAYER = "threadsafe"  # pyright: ignore[reportAttributeAccessIssue]
 
 BATCHES_AHEAD = 3
 RING = BATCHES_AHEAD + 2  # batches that FFCV may be writing or holding while one is asked for
