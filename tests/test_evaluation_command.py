@@ -107,6 +107,10 @@ def test_command_reports_mistakes_in_one_line(tmp_path, capsys):
         ),
         (["knn", "--checkpoint", "random:resnet18", "--data", str(tmp_path)], "no folder train/"),
         (["knn", "--checkpoint", "random:resnet18", "--data", str(tmp_path), "a=1"], "unknown key"),
+        (
+            ["knn", "--checkpoint", "random:resnet18", "--data", str(tmp_path), "--device", "tpu9"],
+            "no such device",
+        ),
     ):
         assert main(arguments) == 2
         captured = capsys.readouterr()

@@ -59,7 +59,7 @@ def evaluate(
     """
     paths = data_paths(tasks, data)
     configs = configs_of(tasks, overrides)
-    where = torch.device(_device(device))
+    where = _device(device)
     loaded = load_backbone(checkpoint)
     _place(loaded.backbone, where)
     if out is None and Path(checkpoint).is_dir():
@@ -187,7 +187,12 @@ def _place(backbone: Backbone, device: torch.device) -> None:
     backbone.to(memory_format=torch.channels_last)
 
 
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch without CUDA asserts
+        raise UserError(f"--device {name}: there is no such device here; try cpu") from None
+    return device
