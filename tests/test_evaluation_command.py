@@ -29,8 +29,8 @@ def test_arguments():
     configs = configs_of(["knn", "segment"], ["segment.size=64,96", "size=128", "k=5"])
     assert configs["knn"].size == 128 and configs["knn"].k == (5,)
     assert configs["segment"].size == (64, 96)
-    with pytest.raises(UserError, match=r"siez: unknown key; did you mean size\?"):
-        configs_of(["knn"], ["siez=3"])
+    with pytest.raises(UserError, match=r"batchsize: unknown key; did you mean batch_size\?"):
+        configs_of(["knn"], ["batchsize=3"])
     with pytest.raises(UserError, match=r"steps: .*greater than or equal to 1"):
         configs_of(["segment"], ["segment.steps=0"])
 
