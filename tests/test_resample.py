@@ -1,5 +1,12 @@
 """The host cutter against Pillow, and against the same filter in float64."""
 
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -154,3 +161,28 @@ def test_all_crops_of_a_batch_go_where_they_belong():
         assert not crop[[0, 2]].any()
         wanted = resize(image, boxes[position], side, "bicubic" if cubic else "bilinear")
         np.testing.assert_array_equal(crop[1].transpose(1, 2, 0), wanted)
+
+
+def digest():
+    """A hash of crops of every kind: what all CPUs have to agree on."""
+    found = hashlib.sha256()
+    for filter in FILTERS:
+        for size, box, side in CASES[:4]:
+            found.update(resize(random_image(*size, seed=6), box, side, filter).tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 CPU")
+def test_an_older_cpu_gives_the_same_pixels():
+    """The same code for a CPU without AVX, which every x86 can run."""
+    root = Path(__file__).resolve().parent.parent
+    printed = subprocess.run(
+        [sys.executable, "-c", "import test_resample; print(test_resample.digest())"],
+        env=os.environ
+        | {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": ""}
+        | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert printed.stdout.strip() == digest()
