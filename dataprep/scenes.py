@@ -150,7 +150,7 @@ def _rendered(out: Path, count: int, seed: int, first_val: int, workers: int) ->
             yield _render_one(out, seed, index, first_val)
         return
     context = multiprocessing.get_context("spawn")
-    pipes: list[Connection] = []
+    pipes: list[Any] = []  # Connection; its type parameters differ between Python versions
     processes = []
     try:
         for worker in range(workers):

@@ -305,12 +305,9 @@ def _prepare_for_ranks(method: Method, world: World, run_cfg: RunSection) -> nn.
         return method
     # Queues and centres are built from gathered values and BatchNorm is local: nothing to broadcast.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    no_broadcast = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )
-    ddp = DistributedDataParallel(  # pyright: ignore[reportArgumentType]
-        method, gradient_as_bucket_view=True, **{no_broadcast: False}
-    )
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    no_broadcast: dict[str, Any] = {name: False}
+    ddp = DistributedDataParallel(method, gradient_as_bucket_view=True, **no_broadcast)
     if run_cfg.grad_compression == "bf16":
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 

@@ -33,7 +33,7 @@ def test_every_recipe_says_command_hardware_and_result(path):
     ("override", "message"),
     [
         ("optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
-        ("trian.epochs=1", "trian: unknown key; did you mean train"),
+        ("trainn.epochs=1", "trainn: unknown key; did you mean train"),
         ("epochs=3", "epochs: unknown key; did you mean train.epochs?"),
         (
             "train.batch_size=0",
