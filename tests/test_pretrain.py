@@ -226,11 +226,32 @@ def test_sigkill_of_two_ranks_and_resume_is_the_undisturbed_run(recipe, tmp_path
     assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_workers_end_with_a_killed_run(recipe, tmp_path):
+    process = start(recipe("orphans"), "data.workers=1", "train.epochs=4000")
+    wait_for_step(tmp_path / "orphans", 2, process)
+    below = ranks_below(process.pid)
+    assert below
+    process.kill()
+    process.communicate(timeout=60)  # returns only when nobody holds its pipes any more
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in below if is_alive(pid)]:
+        assert time.monotonic() < deadline, f"{alive} of {below} outlive the run"
+        time.sleep(0.1)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def ranks_below(pid):
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(pid) for pid in children] + [
-        p for child in children for p in ranks_below(int(child))
-    ]
+    """Return the processes below `pid`, whichever of its threads started them."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    children = [int(child) for found in lists for child in found]
+    return children + [below for child in children for below in ranks_below(child)]
 
 
 @pytest.mark.slow

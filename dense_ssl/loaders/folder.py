@@ -1,7 +1,12 @@
 """The reference loader: Pillow decodes, crops and resizes. Slow, obvious, the truth for the others."""
 
+import contextlib
 import multiprocessing
+import os
+import select
+import threading
 from collections.abc import Generator, Sequence
+from functools import partial
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
 
@@ -68,6 +73,7 @@ class FolderLoader:
             num_workers=self._workers,
             collate_fn=_collate,
             multiprocessing_context=_worker_context() if self._workers else None,
+            worker_init_fn=partial(_end_with, os.getpid()),
         )
         for wanted, crops in zip(order, loader, strict=True):
             index = wanted.copy()
@@ -155,6 +161,23 @@ def _stack(views: Sequence[ViewSpec], crops: list[list[Tensor]]) -> dict[str, Te
 
 def _collate(crops: list[list[Tensor] | str]) -> list[list[Tensor] | str]:
     return crops
+
+
+def _end_with(trainer: int, _: int) -> None:
+    """End this worker when the process `trainer` ends, SIGKILL included.
+
+    torch watches a worker's parent, which here is the fork server: it lives as long as its workers,
+    and the workers of a killed run would wait for ever, with whatever pipes they inherited.
+    """
+
+    def watch() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            ended = select.poll()
+            ended.register(os.pidfd_open(trainer), select.POLLIN)
+            ended.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with the trainer", daemon=True).start()
 
 
 def _worker_context() -> BaseContext:
