@@ -52,8 +52,10 @@ def test_wrong_shapes_and_types_are_one_sentence():
     q, positive, queue = inputs(4, 9, 3)
     with pytest.raises(ValueError, match=r"positive \[N, D\].*got"):
         kernel.queue_info_nce(q, positive[:2], queue, 0.2)
-    with pytest.raises(ValueError, match="float32 or float64 expected"):
-        kernel.queue_info_nce(q.bfloat16(), positive.bfloat16(), queue.bfloat16(), 0.2)
+    with pytest.raises(ValueError, match="one dtype expected, got bfloat16, float32"):
+        kernel.queue_info_nce(q.bfloat16(), positive, queue, 0.2)
+    with pytest.raises(ValueError, match="index int64 on cpu expected"):
+        kernel.queue_info_nce(q, positive, queue, 0.2, index=torch.zeros(4))
 
 
 def test_autocast_does_not_lower_its_precision():
