@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
     triton = None
-    globals()["tl"] = SimpleNamespace(constexpr=lambda value: value)
+    tl = SimpleNamespace(constexpr=lambda value: value)  # pyright: ignore
 
 PRESENT = triton is not None
 INTERPRETED = PRESENT and os.environ.get("TRITON_INTERPRET") == "1"
