@@ -1,6 +1,19 @@
 """All kernels: what the tests check, the bench measures and the ahead-of-time compilation covers."""
 
-from kernels import queue_info_nce
+from kernels import (
+    dense_match,
+    multicrop_cross_entropy,
+    queue_info_nce,
+    sinkhorn_bias,
+    soft_cross_entropy,
+)
 from kernels.spec import KernelSpec
 
-ALL: dict[str, KernelSpec] = {spec.name: spec for spec in (queue_info_nce.SPEC,)}
+_MODULES = (
+    queue_info_nce,
+    dense_match,
+    soft_cross_entropy,
+    multicrop_cross_entropy,
+    sinkhorn_bias,
+)
+ALL: dict[str, KernelSpec] = {module.SPEC.name: module.SPEC for module in _MODULES}

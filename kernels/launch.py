@@ -138,3 +138,15 @@ def check(name: str, shapes: str, good: bool, *tensors: Tensor) -> None:
             f"{name}: float32, bfloat16 or float16 expected, got {first.dtype} "
             "(float64 only by the reference: DENSE_SSL_KERNELS=torch)"
         )
+
+
+def check_vector(name: str, argument: str, x: Tensor | None, length: int, beside: Tensor) -> None:
+    """Raise ValueError unless x is None or [length] in float32 (or the dtype of `beside`) there."""
+    if x is None:
+        return
+    if x.shape != (length,):
+        raise ValueError(f"{name}: {argument} [{length}] expected, got {tuple(x.shape)}")
+    if x.device != beside.device:
+        raise ValueError(f"{name}: {argument} on {beside.device} expected, got {x.device}")
+    if x.dtype not in (torch.float32, beside.dtype):
+        raise ValueError(f"{name}: {argument} in float32 expected, got {x.dtype}")

@@ -34,6 +34,8 @@ class KernelSpec:
     grads: tuple[str, ...] = ()  # arguments that get a gradient
     bytes_moved: Callable[[Shape, int], int] | None = None  # at least, given bytes an element
     flops: Callable[[Shape], int] | None = None  # of matrix products
+    # (result, arguments) -> what `eager` returns, where that is not the result itself
+    published: Callable[[Any, Arguments], Any] = lambda result, _: result
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     bench_dtype: torch.dtype = torch.bfloat16
     # Relative error against float64 of the same, already rounded, inputs that is allowed on top of

@@ -1,0 +1,199 @@
+"""How the bench measures one provider of one kernel: milliseconds, peak memory, error.
+
+On CUDA: `triton.testing.do_bench`, which overwrites a buffer larger than the L2 cache before every run,
+and the caching allocator's peak. On a CPU: wall time, and the peak of what torch's allocator hands out
+(seen by torch's profiler, so compiled code and scratch memory count as well). Memory is what is allocated
+above the inputs, results and gradients included.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from kernels import launch
+from kernels.spec import Arguments, KernelSpec, Shape, relative_error
+
+QUANTILES = (0.2, 0.5, 0.8)
+CPU_SECONDS = 0.3  # of repetitions, at least CPU_RUNS of them
+CPU_RUNS = 5
+SEED = 0
+
+Quantiles = tuple[float, float, float]
+# What a provider makes of a kernel's arguments: a call without arguments, ready to be repeated
+Bound = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One provider on one shape. Milliseconds by mode: forward, and with gradients backward and full."""
+
+    ms: dict[str, Quantiles] = field(default_factory=dict)
+    peak: int | None = None  # bytes above the inputs, forward and backward
+    error: float | None = None  # against the reference in float64
+    absent: str | None = None  # why nothing was measured
+
+    @property
+    def whole(self) -> float | None:
+        """Median milliseconds of all there is to do: full, or forward where nothing has a gradient."""
+        found = self.ms.get("full") or self.ms.get("forward")
+        return found[1] if found else None
+
+
+def arguments(spec: KernelSpec, shape: Shape, dtype: torch.dtype, device: str) -> Arguments:
+    """Return the same random arguments for every provider, those with gradients asking for them."""
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        given = spec.inputs(shape, dtype)
+    for name in spec.grads:
+        given[name] = given[name].detach().requires_grad_()
+    return given
+
+
+def exact(spec: KernelSpec, given: Arguments) -> list[Tensor] | None:
+    """Return the floating-point results of the reference in float64, None where they do not fit."""
+    widened = {
+        name: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in given.items()
+    }
+    try:
+        with launch.chosen("torch"), torch.no_grad():
+            return [x.double() for x in tensors(spec.reference(**widened)) if x.is_floating_point()]
+    except torch.OutOfMemoryError:
+        return None
+
+
+def measure(run: Bound, graded: list[Tensor], want: list[Tensor] | None) -> Measured:
+    """Return times, memory and error of `run`, whose results have gradients to `graded`.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    out = run()  # compiles, tunes and fills caches
+    error = None if want is None else _error(tensors(out), want)
+    device = tensors(out)[0].device
+    differentiable = bool(graded) and any(x.requires_grad for x in tensors(out))
+    del out
+    if not differentiable:
+        graded = []
+    if device.type == "cuda":
+        return Measured(_cuda_times(run, graded), _cuda_peak(run, graded, device), error)
+    return Measured(_cpu_times(run, graded), _cpu_peak(run, graded), error)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """Return the tensors of a result: itself, or those of a sequence."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [x for x in result if isinstance(x, Tensor)]
+
+
+def _error(out: list[Tensor], want: list[Tensor]) -> float | None:
+    """Return the largest relative error; a scalar is taken for the sum of the first result."""
+    got = [x.detach() for x in out if x.is_floating_point()]
+    if got and want and got[0].ndim == 0 and want[0].ndim:
+        return relative_error(got[0], want[0].sum())
+    if [x.shape for x in got] != [x.shape for x in want]:
+        return None
+    return max((relative_error(a, b) for a, b in zip(got, want, strict=True)), default=None)
+
+
+def _losses(out: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the results that have gradients, and the ones that come in for them."""
+    losses = [x for x in tensors(out) if x.requires_grad]
+    return losses, [torch.ones_like(x) for x in losses]
+
+
+def _backward(out: Any, graded: Iterable[Tensor], *, keep: bool = False) -> None:
+    losses, ones = _losses(out)
+    torch.autograd.grad(losses, list(graded), ones, retain_graph=keep, allow_unused=True)
+
+
+# CUDA
+
+
+def _cuda_times(run: Bound, graded: list[Tensor]) -> dict[str, Quantiles]:
+    from triton.testing import do_bench
+
+    def timed(function: Callable[[], Any]) -> Quantiles:
+        low, middle, high = do_bench(function, quantiles=list(QUANTILES))  # pyright: ignore
+        return low, middle, high
+
+    found = {"forward": timed(run)}
+    if not graded:
+        return found
+    out = run()
+    losses, ones = _losses(out)
+    try:
+        found["backward"] = timed(
+            lambda: torch.autograd.grad(losses, graded, ones, retain_graph=True, allow_unused=True)
+        )
+    except RuntimeError as problem:  # some save memory by a backward pass that runs only once
+        if isinstance(problem, torch.OutOfMemoryError):
+            raise
+    del out, losses
+    found["full"] = timed(lambda: _backward(run(), graded))
+    return found
+
+
+def _cuda_peak(run: Bound, graded: list[Tensor], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    out = run()
+    if graded:
+        _backward(out, graded)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+# CPU
+
+
+def _cpu_times(run: Bound, graded: list[Tensor]) -> dict[str, Quantiles]:
+    forward: list[float] = []
+    backward: list[float] = []
+    end = time.perf_counter() + CPU_SECONDS
+    if graded:
+        _backward(run(), graded)  # compiles
+    while len(forward) < CPU_RUNS or time.perf_counter() < end:
+        start = time.perf_counter()
+        out = run()
+        middle = time.perf_counter()
+        if graded:
+            _backward(out, graded)
+            backward.append(1000 * (time.perf_counter() - middle))
+        forward.append(1000 * (middle - start))
+    found = {"forward": _quantiles(forward)}
+    if graded:
+        found["backward"] = _quantiles(backward)
+        found["full"] = _quantiles([a + b for a, b in zip(forward, backward, strict=True)])
+    return found
+
+
+def _quantiles(values: list[float]) -> Quantiles:
+    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor(QUANTILES, dtype=torch.float64)
+    )
+    return float(low), float(middle), float(high)
+
+
+def _cpu_peak(run: Bound, graded: list[Tensor]) -> int:
+    """Return the most bytes torch's allocator has given out at a time during one run."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        out = run()
+        if graded:
+            _backward(out, graded)
+    assert seen.profiler is not None
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

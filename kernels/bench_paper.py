@@ -1,0 +1,181 @@
+"""What the bench knows without running a kernel: traffic, the time it implies, resources, predictions.
+
+Traffic is counted operation by operation: what each reads and writes, views for nothing, as a GPU without
+caches would move it. A kernel's own floor is `KernelSpec.bytes_moved`: every operand once.
+"""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels.bench_measure import tensors
+from kernels.language import PRESENT
+from kernels.spec import Arguments, KernelSpec, Shape
+
+if TYPE_CHECKING:
+    from kernels.ahead import Resources
+
+PREDICTIONS = Path(__file__).with_name("predictions.csv")
+
+# What a reduced shape may cost the eager sequence on a CPU: well under a second of one core.
+CPU_BYTES = 1_000_000_000
+CPU_FLOPS = 3_000_000_000
+COUNTED = ("N", "M", "B")  # axes that count rows, cells or images: the ones to shorten
+
+
+@dataclass(frozen=True)
+class Card:
+    """The peaks of a card as its maker gives them."""
+
+    name: str
+    sm: int
+    gigabytes_per_s: float
+    teraflops: float  # bf16 matrix products accumulated in float32
+
+    def milliseconds(self, moved: float, flops: float) -> float:
+        """Return the time neither the memory nor the tensor cores can beat."""
+        return max(moved / self.gigabytes_per_s / 1e6, flops / self.teraflops / 1e9)
+
+
+CARDS = (Card("RTX 3090", 86, 936, 71), Card("H200", 90, 4300, 790))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Milliseconds and bytes of a workload, reckoned before anything was measured."""
+
+    kernel: str
+    shape: str
+    card: str
+    eager_ms: float | None
+    compile_ms: float | None
+    floor_ms: float | None
+    likely_ms: float | None  # 85 % of the bandwidth, 60 % of the matrix rate
+
+
+def predictions() -> list[Prediction]:
+    """Return the rows of predictions.csv."""
+
+    def number(text: str) -> float | None:
+        return float(text) if text else None
+
+    with PREDICTIONS.open() as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return [
+        Prediction(
+            row["kernel"],
+            row["shape"],
+            row["card"],
+            number(row["eager_ms"]),
+            number(row["compile_ms"]),
+            number(row["floor_ms"]),
+            number(row["likely_ms"]),
+        )
+        for row in rows
+    ]
+
+
+# Traffic
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up what every operation reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.operations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        views = any(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
+        if not views and not name.startswith("aten::empty"):
+            self.operations += 1
+            self.bytes += sum(_size(x) for x in tree_leaves((args, kwargs, out)))
+        return out
+
+
+def _size(x: object) -> int:
+    if not isinstance(x, Tensor):
+        return 0
+    whole = x.untyped_storage().nbytes()
+    return min(x.numel() * x.element_size(), whole)  # of an expanded tensor what is there
+
+
+def traffic(spec: KernelSpec, shape: Shape, dtype: torch.dtype) -> tuple[int, int] | None:
+    """Return bytes and operations of the eager sequence, backward pass included.
+
+    Nothing is computed: the tensors are on the meta device. None where the sequence looks at values.
+    """
+    try:
+        with _Traffic() as seen:
+            pass_over(spec.eager, spec, meta_arguments(spec, shape, dtype))
+    except (RuntimeError, NotImplementedError):
+        return None
+    return seen.bytes, seen.operations
+
+
+def meta_arguments(spec: KernelSpec, shape: Shape, dtype: torch.dtype) -> Arguments:
+    """Return arguments without values, at no cost whatever the shape."""
+    with torch.device("meta"):
+        given = spec.inputs(shape, dtype)
+    for name in spec.grads:
+        given[name] = given[name].detach().requires_grad_()
+    return given
+
+
+def pass_over(function: Any, spec: KernelSpec, given: Arguments) -> None:
+    """Run forward and, where something has a gradient, backward."""
+    losses = [x for x in tensors(function(**given)) if x.requires_grad]
+    if losses:
+        graded = [given[name] for name in spec.grads]
+        torch.autograd.grad(losses, graded, [torch.ones_like(x) for x in losses], allow_unused=True)
+
+
+def reduced(spec: KernelSpec, shape: Shape) -> Shape:
+    """Return the shape with rows, cells and images halved until a CPU does it quickly."""
+    while True:
+        counted = traffic(spec, shape, torch.float32)
+        flops = spec.flops(shape) if spec.flops else 0
+        moved = counted[0] if counted else 20 * (spec.bytes_moved or _nothing)(shape, 4)
+        halved = {k: max(v // 2, 1) if k in COUNTED else v for k, v in shape.items()}
+        if (moved <= CPU_BYTES and flops <= CPU_FLOPS) or halved == dict(shape):
+            return shape
+        shape = halved
+
+
+def _nothing(shape: Shape, size: int) -> int:
+    return 0
+
+
+# Resources
+
+
+def resources(specs: Iterable[KernelSpec]) -> list[tuple[str, "Resources"]]:
+    """Return what every launch of every real shape, forward and backward, takes on the two cards.
+
+    Empty where Triton is not installed.
+    """
+    if not PRESENT:
+        return []
+    from kernels.ahead import compile_only
+
+    found: list[tuple[str, Resources]] = []
+    for spec in specs:
+        for card in CARDS:
+            with compile_only(card.sm) as launches:
+                for shape in spec.real.values():
+                    given = meta_arguments(spec, shape, spec.bench_dtype)
+                    pass_over(spec.call, spec, given)
+            found += [(spec.name, launch) for launch in launches]
+    return found
