@@ -245,7 +245,8 @@ def _cut(
     scale_y = (y1 - y0).to(tl.float32) / size
     stretch_y = tl.maximum(scale_y, 1.0)
     narrow_y = 1.0 / stretch_y
-    centre_y = (out_y.to(tl.float32) + 0.5) * scale_y
+    seen_y = tl.minimum(out_y, size - 1)
+    centre_y = (seen_y.to(tl.float32) + 0.5) * scale_y
     top = (tile_y * TILE_Y + 0.5) * scale_y
     bottom = (tl.minimum(tile_y * TILE_Y + TILE_Y, size) - 0.5) * scale_y
     start = tl.maximum(tl.floor(top - reach * stretch_y + 0.5).to(tl.int32) + y0, 0)
@@ -255,23 +256,21 @@ def _cut(
     total_y = tl.zeros([TILE_Y], tl.float32)
     blended = tl.zeros([TILE_Y, TILE_X], tl.float32)
     for row_start in range(start, end, ROWS):
+        # Where no pixel is, the nearest one is read and weighs nothing: no load needs a mask.
         row = row_start + tl.arange(0, ROWS)
-        row_there = row < end
-        rows = pixels + row.to(tl.int64)[:, None] * (3 * width)
+        rows = pixels + tl.minimum(row, end - 1).to(tl.int64)[:, None] * (3 * width)
         total_x = tl.zeros([TILE_X], tl.float32)
         level = tl.zeros([ROWS, TILE_X], tl.float32)
         for tap in range(taps):
             x = first + tap
-            inside = x < width
             distance = tl.abs((x - x0).to(tl.float32) + 0.5 - centre_x) * narrow_x
-            weight = tl.where(inside, _weight(distance, CUBIC), 0.0)
-            there = row_there[:, None] & (inside & column_there)[None, :]
-            value = tl.load(rows + (3 * x + channel)[None, :], mask=there, other=0)
+            weight = tl.where(x < width, _weight(distance, CUBIC), 0.0)
+            value = tl.load(rows + (3 * tl.minimum(x, width - 1) + channel)[None, :])
             level += value.to(tl.float32) * weight[None, :]
             total_x += weight
         level = _to_level(level * (1.0 / total_x)[None, :])
         distance = tl.abs((row - y0).to(tl.float32)[None, :] + 0.5 - centre_y[:, None]) * narrow_y
-        weights = tl.where(row_there[None, :], _weight(distance, CUBIC), 0.0)
+        weights = tl.where((row < end)[None, :], _weight(distance, CUBIC), 0.0)
         total_y += tl.sum(weights, 1)
         # Levels are exact in float16, weights as the sum of two.
         level = level.to(tl.float16)
