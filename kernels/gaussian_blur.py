@@ -37,8 +37,8 @@ def gaussian_blur(images: Tensor, kernels: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices do not fit.
     """
     _check(images, kernels)
-    with launch.no_autocast(images):
-        return _blur(images.detach(), kernels.detach())
+    with torch.no_grad(), launch.no_autocast(images):
+        return _blur(images, kernels)
 
 
 def reference(images: Tensor, kernels: Tensor) -> Tensor:
@@ -156,10 +156,24 @@ def _pass(
 def kept(x, dtype: tl.constexpr):
     """Return x in [0, 1] as it waits for the blur: in 16 bits as 65535ths, in float32 as it is."""
     if dtype == tl.float32:
-        bits = x
+        waits = x
     else:
-        bits = (x * 65535.0 + 0.5).to(tl.uint16).to(dtype, bitcast=True)
-    return bits
+        # The last bits of 2^23 + n are those of the integer n: a sum rounds and converts at once.
+        bits = (x * 65535.0 + 8388608.0).to(tl.uint32, bitcast=True)
+        waits = bits.to(tl.uint16).to(dtype, bitcast=True)
+    return waits
+
+
+@jit
+def taken_up(x, KEPT: tl.constexpr):
+    """Return loaded values as float32; those that `kept` left in 16 bits times 65535."""
+    if KEPT:
+        # As there: a conversion of 16-bit integers runs at a quarter of the speed of a sum.
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) | 0x4B000000
+        values = bits.to(tl.float32, bitcast=True) - 8388608.0
+    else:
+        values = x.to(tl.float32)
+    return values
 
 
 @jit
@@ -184,21 +198,22 @@ def _filter(
     if SOME:
         row = tl.load(BLUR + image)
     if row >= 0:
-        size = height.to(tl.int64) * width
-        source = IN + (tl.where(LAST, row, image) * 3 + channel) * size
-        target = OUT + (tl.where(LAST, image, row) * 3 + channel) * size
+        from_image, to_image = image, row
+        if LAST:
+            from_image, to_image = row, image
+        source = IN + (from_image * 3 + channel).to(tl.int64) * height * width
+        target = OUT + (to_image * 3 + channel).to(tl.int64) * height * width
         down = tile // across * TILE + tl.arange(0, TILE)
         right = tile % across * TILE + tl.arange(0, TILE)
-        there = right[None, :] < width
         total = tl.zeros([TILE, TILE], tl.float32)
         for tap in tl.static_range(TAPS):
-            from_row = tl.minimum(tl.maximum(down + (tap - TAPS // 2), 0), height - 1)
-            x = tl.load(source + from_row[:, None] * width + right[None, :], mask=there, other=0.0)
-            if KEPT:
-                x = x.to(tl.uint16, bitcast=True)
-            total += tl.load(KERNELS + row * TAPS + tap) * x.to(tl.float32)
+            at = tl.minimum(tl.maximum(down + (tap - TAPS // 2), 0), height - 1)
+            x = tl.load(
+                source + at[:, None] * width + right[None, :], mask=right[None, :] < width, other=0
+            )
+            total += tl.load(KERNELS + row * TAPS + tap) * taken_up(x, KEPT)
         if KEPT:
-            total *= 1 / 65535.0
+            total *= 1 / 65535
         if FINISH:
             scale = tl.where(channel == 0, scale_red, scale_green)
             shift = tl.where(channel == 0, shift_red, shift_green)

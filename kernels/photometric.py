@@ -67,7 +67,7 @@ def photometric(
         ValueError: shapes, dtypes or devices do not fit.
     """
     _check(images, kinds, factors, threshold, blur, kernels, mean, std, dtype)
-    with launch.no_autocast(images):
+    with torch.no_grad(), launch.no_autocast(images):
         return _adjust(
             images, kinds, factors, threshold, blur, kernels, list(mean), list(std), dtype
         )
