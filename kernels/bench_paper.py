@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels.bench_measure import tensors
+from kernels.bench_place import CARDS
 from kernels.language import PRESENT
 from kernels.spec import Arguments, KernelSpec, Shape
 
@@ -25,26 +26,9 @@ if TYPE_CHECKING:
 PREDICTIONS = Path(__file__).with_name("predictions.csv")
 
 # What a reduced shape may cost the eager sequence on a CPU: well under a second of one core.
-CPU_BYTES = 1_000_000_000
-CPU_FLOPS = 3_000_000_000
+CPU_BYTES = 500_000_000
+CPU_FLOPS = 2_000_000_000
 COUNTED = ("N", "M", "B")  # axes that count rows, cells or images: the ones to shorten
-
-
-@dataclass(frozen=True)
-class Card:
-    """The peaks of a card as its maker gives them."""
-
-    name: str
-    sm: int
-    gigabytes_per_s: float
-    teraflops: float  # bf16 matrix products accumulated in float32
-
-    def milliseconds(self, moved: float, flops: float) -> float:
-        """Return the time neither the memory nor the tensor cores can beat."""
-        return max(moved / self.gigabytes_per_s / 1e6, flops / self.teraflops / 1e9)
-
-
-CARDS = (Card("RTX 3090", 86, 936, 71), Card("H200", 90, 4300, 790))
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,44 @@
-"""The bench's tables for people, and the same rows as CSV in the schema of Liger-Kernel's benchmarks."""
+"""The bench's tables, as text for people."""
 
-import csv
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernels.bench_measure import Measured, Quantiles
-from kernels.bench_paper import CARDS, COUNTED, Card, Prediction
-from kernels.bench_place import Place
+from kernels.bench_paper import predictions
+from kernels.bench_place import CARDS, Card
 from kernels.spec import Shape
 
 if TYPE_CHECKING:
     from kernels.ahead import Resources
 
-# Liger-Kernel's header to the letter: its visualiser reads the file as it is.
-COLUMNS = (
-    "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit",
-    "x_name", "x_label", "x_value", "y_value_50", "y_value_20", "y_value_80",
-    "extra_benchmark_config_str", "gpu_name", "timestamp", "liger_version",
-)  # fmt: skip
-AXES = {"N": "rows", "M": "keys", "B": "images"}
-
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel on one of its real shapes, as measured."""
+    """One kernel on one shape, as measured."""
 
     kernel: str
-    title: str  # of the real shape; of several that are reduced to the same, all of them
+    titles: tuple[str, ...]  # of the real shapes it stands for: several may be reduced to the same
     shape: Shape
-    full: Shape  # before it was reduced for a CPU
+    wholes: tuple[Shape, ...]  # those real shapes
     dtype: str
     moved: int  # bytes a kernel must move, 0 if not known
     flops: int
 
     @property
+    def title(self) -> str:
+        """The real shapes' names."""
+        return "; ".join(self.titles)
+
+    @property
     def axes(self) -> str:
         """The shape in words: `N 49 of 1568, K 65536, D 128`."""
-        parts = []
+        parts: list[str] = []
         for name, value in self.shape.items():
-            whole = self.full[name]
-            parts.append(f"{name} {value}" + (f" of {whole}" if whole != value else ""))
+            if not isinstance(value, bool):
+                full = dict.fromkeys(str(whole[name]) for whole in self.wholes)
+                reduced = list(full) != [str(value)]
+                parts.append(f"{name} {value}" + (f" of {' / '.join(full)}" if reduced else ""))
         return ", ".join(parts)
 
 
@@ -53,65 +49,7 @@ class Row:
     case: Case
     provider: str
     measured: Measured
-    note: str = ""  # what the provider does otherwise
-
-
-# Tables
-
-
-def table(case: Case, rows: Sequence[Row], place: Place) -> str:
-    """Return one case as text: a line per provider, in the order measured; losing ones stay."""
-    head = f"{case.kernel}: {case.title}"
-    columns = ["", "forward ms", "backward ms", "full ms", "x eager", "peak MB", "error"]
-    if place.card:
-        columns += ["GB/s", "TFLOP/s", "of roof"]
-    eager = next((r.measured.whole for r in rows if r.provider == "torch-eager"), None)
-    lines = [columns]
-    for row in rows:
-        if row.measured.absent is None:
-            lines.append([row.provider, *_cells(row, eager, place)])
-    text = _aligned(lines)
-    text += [f"  {r.provider}: {r.measured.absent}" for r in rows if r.measured.absent]
-    text += [f"  {r.provider}: {r.note}" for r in rows if r.note and not r.measured.absent]
-    return "\n".join([head, f"  {case.axes}, {case.dtype}", *text])
-
-
-def _cells(row: Row, eager: float | None, place: Place) -> list[str]:
-    found = row.measured
-    whole = found.whole
-    cells = [_spread(found.ms.get(mode)) for mode in ("forward", "backward", "full")]
-    cells.append(f"{eager / whole:.2f}" if eager and whole else "")
-    cells.append("" if found.peak is None else _short(found.peak / 1e6))
-    cells.append("" if found.error is None else f"{found.error:.0e}")
-    if place.card and whole:
-        cells += [_short(row.case.moved / whole / 1e6), _short(row.case.flops / whole / 1e9)]
-        cells.append(f"{place.card.milliseconds(row.case.moved, row.case.flops) / whole:.0%}")
-    return cells
-
-
-def _spread(ms: Quantiles | None) -> str:
-    return "" if ms is None else f"{_short(ms[1])} ({_short(ms[0])}-{_short(ms[2])})"
-
-
-def _short(value: float) -> str:
-    """Return three significant digits, never in exponents."""
-    if value == 0:
-        return "0"
-    digits = next((n for n, least in enumerate((100, 10, 1, 0.1, 0.01)) if value >= least), 5)
-    return f"{value:.{digits}f}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines with the first column to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    ]
+    note: str = ""  # what the provider does otherwise than the kernel
 
 
 @dataclass(frozen=True)
@@ -125,18 +63,51 @@ class Counted:
     flops: int
 
 
-def counted_table(rows: Iterable[Counted]) -> str:
-    """Return bytes moved and the time they imply on each card."""
-    lines = [["", "eager GB", "operations", "kernel GB", "GFLOP"]]
-    lines[0] += [f"{card.name} {who} ms" for card in CARDS for who in ("eager", "kernel")]
+def case_table(case: Case, rows: Sequence[Row], card: Card | None) -> str:
+    """Return one case: a line per provider, losing ones too, and a reason for each that is absent.
+
+    With a card: achieved bandwidth and matrix rate, and the share of the time its ceilings imply.
+    """
+    eager = next((r.measured.whole for r in rows if r.provider == "torch-eager"), None)
+    lines = [["", "forward ms", "backward ms", "full ms", "x eager", "peak MB", "error"]]
+    if card:
+        lines[0] += ["GB/s", "TFLOP/s", "of ceiling"]
+    said: list[str] = []
     for row in rows:
-        eager = ["-", "-"] if row.eager is None else [_short(row.eager[0] / 1e9), f"{row.eager[1]}"]
-        line = [f"{row.kernel}: {row.title}", *eager, _short(row.moved / 1e9)]
-        line.append(_short(row.flops / 1e9))
+        if row.measured.absent is None:
+            lines.append([row.provider, *_cells(row, eager, card)])
+        remarks = [row.measured.absent or row.note, row.measured.remark]
+        said += [f"  {row.provider}: {remark}" for remark in remarks if remark]
+    return "\n".join(
+        [f"{case.kernel}: {case.title}", f"  {case.axes}; {case.dtype}", *_aligned(lines), *said]
+    )
+
+
+def _cells(row: Row, eager: float | None, card: Card | None) -> list[str]:
+    found, whole = row.measured, row.measured.whole
+    cells = [_spread(found.ms.get(mode)) for mode in ("forward", "backward", "full")]
+    cells.append(f"{eager / whole:.2f}" if eager and whole else "")
+    cells.append("" if found.peak is None else short(found.peak / 1e6))
+    cells.append("" if found.error is None else f"{found.error:.0e}")
+    if card and whole:
+        moved, flops = row.case.moved, row.case.flops
+        cells += [short(moved / whole / 1e6), short(flops / whole / 1e9)]
+        cells.append(f"{card.milliseconds(moved, flops) / whole:.0%}")
+    return cells
+
+
+def counted_table(rows: Iterable[Counted]) -> str:
+    """Return bytes moved, and the time they and the products imply on each card."""
+    lines = [["", "GFLOP", "eager GB", "operations", "kernel GB"]]
+    lines[0] += [f"{card.name} {who}" for card in CARDS for who in ("eager ms", "kernel ms")]
+    for row in rows:
+        eager = row.eager
+        line = [f"{row.kernel}: {row.title}", short(row.flops / 1e9)]
+        line += [short(eager[0] / 1e9), str(eager[1])] if eager else ["-", "-"]
+        line.append(short(row.moved / 1e9))
         for card in CARDS:
-            before = card.milliseconds(row.eager[0], row.flops) if row.eager else None
-            line.append("-" if before is None else _short(before))
-            line.append(_short(card.milliseconds(row.moved, row.flops)))
+            line.append(short(card.milliseconds(eager[0], row.flops)) if eager else "-")
+            line.append(short(card.milliseconds(row.moved, row.flops)))
         lines.append(line)
     return "\n".join(_aligned(lines))
 
@@ -153,18 +124,54 @@ def resource_table(found: Iterable[tuple[str, "Resources"]]) -> str:
     return "\n".join(_aligned(lines))
 
 
-def prediction_table(rows: Sequence[Row], predicted: Iterable[Prediction], card: Card) -> str:
-    """Return predicted beside measured milliseconds of what was measured on this card."""
-    whole = {(r.case.kernel, r.case.title, r.provider): r.measured.whole for r in rows}
-    lines = [["", *(f"{who} {what}" for who in ("eager", "compile", "ours") for what in ("predicted", "measured"))]]  # fmt: skip
-    for p in predicted:
-        key = (p.kernel, p.shape)
-        if p.card != card.name or not any(case == key for *case_, _ in whole for case in [tuple(case_)]):
-            continue
-        line = [f"{p.kernel}: {p.shape}"]
-        ours = p.likely_ms or p.floor_ms
-        for said, who in ((p.eager_ms, "torch-eager"), (p.compile_ms, "torch-compile"), (ours, "ours")):
-            seen = whole.get((*key, who))
-            line += ["-" if ms is None else _short(ms) for ms in (said, seen)]
-        lines.append(line)
-    return "\n".join(_aligned(lines))
+def prediction_table(kernel: str, card: str, rows: Sequence[Row]) -> str:
+    """Return predicted beside measured milliseconds of a kernel on a card; "-": not measured yet.
+
+    Empty where nothing was predicted.
+    """
+    whole = {(row.case.title, row.provider): row.measured.whole for row in rows}
+    lines = [["", "eager", "measured", "compile", "measured", "ours", "measured"]]
+    for said in predictions():
+        if (said.kernel, said.card) == (kernel, card):
+            line = [said.shape]
+            for provider, predicted in (
+                ("torch-eager", said.eager_ms),
+                ("torch-compile", said.compile_ms),
+                ("ours", said.likely_ms or said.floor_ms),
+            ):
+                line += [_maybe(predicted), _maybe(whole.get((said.shape, provider)))]
+            lines.append(line)
+    if len(lines) == 1:
+        return ""
+    return "\n".join(["predicted and measured ms, forward and backward", *_aligned(lines)])
+
+
+def _spread(ms: Quantiles | None) -> str:
+    return "" if ms is None else f"{short(ms[1])} ({short(ms[0])}-{short(ms[2])})"
+
+
+def _maybe(value: float | None) -> str:
+    return "-" if value is None else short(value)
+
+
+def short(value: float) -> str:
+    """Return three significant digits, never with an exponent."""
+    if value == 0:
+        return "0"
+    steps = (100, 10, 1, 0.1, 0.01, 0.001)
+    digits = next((n for n, least in enumerate(steps) if value >= least), len(steps))
+    return f"{value:.{digits}f}"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of cells as text: first column to the left, the others to the right."""
+    count = max(len(line) for line in lines)
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(count)]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    ]
