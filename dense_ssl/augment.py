@@ -2,15 +2,18 @@
 
 The random numbers of a policy are a pure function of (seed, epoch, image, crop position) and drawn on
 the host, so they depend neither on the rank, nor on what else is in the batch, nor on the device.
-They go to the device in one small copy per chunk of crops and nothing comes back, so the host never
-waits.
+They go to the device in one small copy per chunk of crops, or per view, and nothing comes back, so the
+host never waits.
+
+Where kernels run in Triton, all crops of a view go through `kernels.photometric` together, policies that
+it cannot express excepted; elsewhere operation after operation, in torch. Both take the same numbers.
 
 Geometry happened before this and happens nowhere else: no operation here moves a pixel.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, product
 
 import numpy as np
 import torch
@@ -31,6 +34,9 @@ from dense_ssl.photometry_policies import (
 )
 from dense_ssl.rng import fold_np, key_of, uniform_np
 from dense_ssl.views import ViewSpec
+from kernels import launch
+from kernels.colours import NOTHING, SATURATION
+from kernels.photometric import photometric
 
 __all__ = ["MEAN", "POLICIES", "STD", "Photometry"]
 
@@ -93,6 +99,10 @@ class Photometry(nn.Module):
 
     def _view(self, images: Tensor, policies: Sequence[Policy], keys: np.ndarray) -> Tensor:
         """Return [V, B, 3, S, S] uint8 crops as normalised floats, given their keys [V, B]."""
+        if launch.on_triton(images) and all(_is_fused(policy) for policy in policies):
+            program = _to_device(_program(policies, keys), images.device)
+            out = photometric(images.flatten(0, 1), *program, mean=MEAN, std=STD, dtype=self.dtype)
+            return out.view(images.shape)
         out = torch.empty_like(images, dtype=self.dtype)
         size = max(1, _CHUNK_BYTES[images.device.type] // (4 * images[0, 0].numel()))
         first = 0
@@ -109,27 +119,42 @@ class Photometry(nn.Module):
     def _chunk(self, source: Tensor, target: Tensor, policy: Policy, keys: np.ndarray) -> None:
         """Write the normalised floats of uint8 crops [n, 3, S, S] into `target`."""
         steps = list(_draw(policy.ops, keys, np.arange(len(keys))))
-        arrays = [array for step in steps for array in (step.rows, *step.parameters)]
+        parameters = [step.parameters for step in steps]
+        arrays = [a for step, own in zip(steps, parameters) for a in (step.rows, *own)]
         tensors = iter(_to_device(arrays, source.device))
         with torch.autocast(source.device.type, enabled=False):
             x = source.float().mul_(1 / 255)
-            for step in steps:
+            for step, own in zip(steps, parameters):
                 rows = next(tensors)
-                parameters = [next(tensors) for _ in step.parameters]
+                sent = [next(tensors) for _ in own]
                 if len(rows) == len(x):
-                    x = _apply(step.op, x, parameters)
+                    x = _apply(step.op, x, sent)
                 else:
-                    x.index_copy_(0, rows, _apply(step.op, x.index_select(0, rows), parameters))
+                    x.index_copy_(0, rows, _apply(step.op, x.index_select(0, rows), sent))
             target.copy_(torch.addcmul(self.shift, x, self.scale))
 
 
 @dataclass(frozen=True)
 class _Step:
-    """An operation, the crops it is done to as rows of the chunk, and their parameters."""
+    """An operation, the crops it is done to as rows of the chunk, and their random numbers."""
 
     op: Op
     rows: np.ndarray  # int64 [m], ascending
-    parameters: tuple[np.ndarray, ...]
+    u: np.ndarray  # float64 [m, 8], uniform
+
+    @property
+    def parameters(self) -> tuple[np.ndarray, ...]:
+        """What `_apply` needs beside the images."""
+        match self.op:
+            case ColorJitter():
+                order, factors = _jitter(self.op, self.u)
+                matrices, means = ops.jitter_steps(order, *factors[:, :3].T)
+                return matrices, means, factors[:, 3].astype(np.float32)
+            case GaussianBlur():
+                sigma = _sigma(self.op, self.u)
+                return (ops.blur_kernels(sigma, ops.blur_radius(self.op.sigma[1])),)
+            case _:
+                return ()
 
 
 def _draw(sequence: Sequence[Op | OneOf], keys: np.ndarray, rows: np.ndarray) -> Iterator[_Step]:
@@ -148,23 +173,20 @@ def _draw(sequence: Sequence[Op | OneOf], keys: np.ndarray, rows: np.ndarray) ->
         else:
             chosen = rows[u[rows, 0] < op.p]
             if len(chosen):
-                yield _Step(op, chosen, _parameters(op, u[chosen, 1:]))
+                yield _Step(op, chosen, u[chosen, 1:])
 
 
-def _parameters(op: Op, u: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return what `_apply` needs for n crops, given uniform numbers [n, 8]."""
-    match op:
-        case ColorJitter():
-            strengths = np.array([op.brightness, op.contrast, op.saturation, op.hue])
-            spread = strengths * (2 * u[:, :4] - 1)
-            order = np.argsort(u[:, 4:], axis=1)
-            matrices, means = ops.jitter_steps(order, *(1 + spread[:, :3]).T)
-            return matrices, means, spread[:, 3].astype(np.float32)
-        case GaussianBlur():
-            low, high = op.sigma
-            return (ops.blur_kernels(low + (high - low) * u[:, 0], ops.blur_radius(high)),)
-        case _:
-            return ()
+def _jitter(op: ColorJitter, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order [n, 4] of brightness, contrast, saturation, hue, and their factors [n, 4]."""
+    strengths = np.array([op.brightness, op.contrast, op.saturation, op.hue])
+    spread = strengths * (2 * u[:, :4] - 1)
+    return np.argsort(u[:, 4:], axis=1), spread + np.array([1, 1, 1, 0])
+
+
+def _sigma(op: GaussianBlur, u: np.ndarray) -> np.ndarray:
+    """Return the standard deviations [n] of a blur, in pixels."""
+    low, high = op.sigma
+    return low + (high - low) * u[:, 0]
 
 
 def _apply(op: Op, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -178,6 +200,70 @@ def _apply(op: Op, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
             return ops.blur(x, *parameters)
         case Solarize():
             return ops.solarize(x, op.threshold)
+
+
+_PLACES = {ColorJitter: 0, Grayscale: 0, GaussianBlur: 1, Solarize: 2}  # in `photometric`
+_STEPS = {ColorJitter: 4, Grayscale: 1}  # of `photometric`, for one operation
+
+
+def _is_fused(policy: Policy) -> bool:
+    """Return whether `photometric` can do a policy: one jitter and greys, one blur, one solarising."""
+    for path in _paths(policy):
+        places = [_PLACES[type(op)] for op in path]
+        jitters = sum(isinstance(op, ColorJitter) for op in path)
+        if places != sorted(places) or max(jitters, places.count(1), places.count(2)) > 1:
+            return False
+    return True
+
+
+def _paths(policy: Policy) -> Iterator[tuple[Op, ...]]:
+    """Yield every sequence of operations that a crop may go through."""
+    for choice in product(*(_branches(op) for op in policy.ops)):
+        yield tuple(chain.from_iterable(choice))
+
+
+def _branches(op: Op | OneOf) -> tuple[tuple[Op, ...], ...]:
+    return op.branches if isinstance(op, OneOf) else ((op,),)
+
+
+def _program(policies: Sequence[Policy], keys: np.ndarray) -> list[np.ndarray]:
+    """Return kinds, factors, threshold and, if a crop is blurred, blur and kernels of `photometric`.
+
+    They are for the crops of a view in one row, given its policies [V] and the keys [V, B].
+    """
+    every = [[*chain(*chain(*map(_branches, policy.ops)))] for policy in policies]
+    width = max(sum(_STEPS.get(type(op), 0) for op in operations) for operations in every)
+    kinds = np.full((keys.size, width), NOTHING, np.int32)
+    factors = np.zeros((keys.size, width), np.float32)
+    threshold = np.full(keys.size, np.inf, np.float32)
+    sigma = np.full(keys.size, np.nan)
+    first = 0
+    for policy, group in groupby(policies):
+        own = keys.ravel()[first : first + len(list(group)) * keys.shape[1]]
+        used = 0
+        for step in _draw(policy.ops, own, np.arange(len(own))):
+            rows = first + step.rows
+            match step.op:
+                case ColorJitter():
+                    order, strengths = _jitter(step.op, step.u)
+                    kinds[rows, used : used + 4] = order
+                    factors[rows, used : used + 4] = np.take_along_axis(strengths, order, axis=1)
+                case Grayscale():
+                    kinds[rows, used] = SATURATION
+                case GaussianBlur():
+                    sigma[rows] = _sigma(step.op, step.u)
+                case Solarize():
+                    threshold[rows] = step.op.threshold
+            used += _STEPS.get(type(step.op), 0)
+        first += len(own)
+    blurred = np.flatnonzero(~np.isnan(sigma))
+    if len(blurred) == 0:
+        return [kinds, factors, threshold]
+    blur = np.full(keys.size, -1, np.int32)
+    blur[blurred] = np.arange(len(blurred))
+    widest = max(op.sigma[1] for op in chain(*every) if isinstance(op, GaussianBlur))
+    kernels = ops.blur_kernels(sigma[blurred], ops.blur_radius(widest))
+    return [kinds, factors, threshold, blur, kernels]
 
 
 def _to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:

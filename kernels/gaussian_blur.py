@@ -206,7 +206,7 @@ def _filter(
         down = tile // across * TILE + tl.arange(0, TILE)
         right = tile % across * TILE + tl.arange(0, TILE)
         total = tl.zeros([TILE, TILE], tl.float32)
-        for tap in tl.static_range(TAPS):
+        for tap in tl.static_range(TAPS):  # pyright: ignore
             at = tl.minimum(tl.maximum(down + (tap - TAPS // 2), 0), height - 1)
             x = tl.load(
                 source + at[:, None] * width + right[None, :], mask=right[None, :] < width, other=0

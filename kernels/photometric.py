@@ -239,7 +239,7 @@ def _contrast_means(
     if contrast < STEPS:
         at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
         red, green, blue = _channels(IMAGES, image, at, pixels)
-        for step in range(contrast):
+        for step in range(contrast):  # pyright: ignore
             kind = tl.load(KINDS + image * STEPS + step)
             factor = tl.load(FACTORS + image * STEPS + step)
             red, green, blue = stepped(red, green, blue, kind, factor, 0.0)

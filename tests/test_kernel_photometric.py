@@ -5,12 +5,26 @@ DENSE_SSL_KERNELS=triton the Triton code, in the interpreter; on a CUDA machine 
 """
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 
+from dataprep.synthetic import coordinate_image, random_image
+from dense_ssl import augment
+from dense_ssl.crops import Crops, MultiCropBatch
+from dense_ssl.photometry_policies import (
+    POLICIES,
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    OneOf,
+    Policy,
+    Solarize,
+)
+from dense_ssl.views import ViewSpec
 from kernels import gaussian_blur, launch, photometric
 from kernels.colours import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION
 from kernels.gaussian_blur import random_kernels
@@ -435,3 +449,98 @@ def test_specs_describe_what_they_call(spec):
     torch.testing.assert_close(got, spec.reference(**given), atol=1e-5, rtol=0)
     torch.testing.assert_close(got, spec.eager(**given), atol=3e-3, rtol=0)
     assert spec.bytes_moved(shape, 2) < spec.bytes_moved(shape, 4)
+
+
+# --- policies -----------------------------------------------------------------------------------
+
+
+def coloured(views, images, monkeypatch, fused, dtype=torch.float32):
+    """What the policies make of images uint8 [B, 3, S, S], by `photometric` or step by step."""
+    monkeypatch.setattr(augment, "launch", SimpleNamespace(on_triton=lambda _: fused))
+    count, size = len(images), images.shape[-1]
+    crops = {
+        view.name: Crops(
+            images.to(DEVICE).expand(view.count, -1, -1, -1, -1).contiguous(),
+            torch.zeros(view.count, count, 4),
+            torch.zeros(view.count, count, dtype=torch.bool),
+        )
+        for view in views
+    }
+    assert all(view.size == size for view in views)
+    batch = MultiCropBatch(crops, torch.arange(count) + 7, torch.zeros(count))
+    photometry = augment.Photometry(views, 3, dtype).to(DEVICE)
+    return {name: x.images for name, x in photometry(batch, 1).views.items()}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_gives_what_it_gives_step_by_step(name, monkeypatch):
+    """From the same random numbers; normalised values are up to 4.4 times those in [0, 1]."""
+    views = [ViewSpec(name="v", count=2, size=18, photometric=name)]
+    images = torch.from_numpy(
+        random_image(18, 18 * 6, 5).reshape(18, 6, 18, 3).transpose(1, 3, 0, 2)
+    )
+    images = images.contiguous()
+    fused = coloured(views, images, monkeypatch, True)["v"]
+    torch.testing.assert_close(
+        fused, coloured(views, images, monkeypatch, False)["v"], atol=3e-5, rtol=0
+    )
+    rounded = coloured(views, images, monkeypatch, True, torch.bfloat16)["v"]
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), fused, atol=1e-4, rtol=2**-8)
+
+
+def test_policies_of_one_view_keep_to_their_crops(monkeypatch):
+    names = ("dino_1", "moco_v1", "none", "none", "dino_2", "udi")
+    views = [ViewSpec(name="v", count=6, size=12, photometric=names),
+             ViewSpec(name="w", count=1, size=12, photometric="moco_v2")]  # fmt: skip
+    images = torch.randint(256, (5, 3, 12, 12), dtype=torch.uint8)
+    fused = coloured(views, images, monkeypatch, True)
+    apart = coloured(views, images, monkeypatch, False)
+    for name, x in apart.items():
+        torch.testing.assert_close(fused[name], x, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_fused_policies_move_no_pixel(name, monkeypatch):
+    """Mirroring and turning the coordinate image, and a random one, commute with every policy."""
+    view = ViewSpec(name="v", count=1, size=16, photometric=name)
+    image = torch.from_numpy(coordinate_image(16, 16).transpose(2, 0, 1).copy())
+    images = torch.cat([image.expand(4, -1, -1, -1), colours(1, 16, 16).cpu()])
+
+    def run(x):
+        return coloured([view], x.contiguous(), monkeypatch, True)["v"][0]
+
+    straight = run(images)
+    for move in (lambda x: x.flip(-1), lambda x: x.mT.flip(-1)):
+        torch.testing.assert_close(run(move(images)), move(straight), atol=3e-5, rtol=0)
+    if name == "none":
+        back = straight[0].cpu() * torch.tensor(STD).view(3, 1, 1)
+        back = (back + torch.tensor(MEAN).view(3, 1, 1)) * 255
+        torch.testing.assert_close(back, image.float(), atol=1e-3, rtol=0)
+
+
+def test_every_policy_there_is_can_be_fused():
+    assert all(augment._is_fused(policy) for policy in POLICIES.values())
+
+
+@pytest.mark.parametrize(
+    ("operations", "fused"),
+    [
+        ((), True),
+        ((Grayscale(0.5), ColorJitter(0.4, 0.4, 0.4, 0.1), Grayscale(1.0), Solarize(1.0)), True),
+        ((OneOf(((GaussianBlur(1.0),), (Solarize(1.0),), ())),), True),
+        ((ColorJitter(0.4, 0.4, 0.4, 0.1), ColorJitter(0.4, 0.4, 0.4, 0.1)), False),
+        ((Solarize(1.0), Grayscale(1.0)), False),
+        ((Solarize(1.0), Solarize(1.0, 0.3)), False),
+        ((GaussianBlur(0.5), GaussianBlur(0.5)), False),
+        ((OneOf(((GaussianBlur(1.0),), ())), Grayscale(1.0)), False),
+    ],
+)
+def test_others_go_step_by_step(operations, fused, monkeypatch):
+    assert augment._is_fused(Policy(operations)) == fused
+    monkeypatch.setitem(POLICIES, "own", Policy(operations))
+    views = [ViewSpec(name="v", count=1, size=8, photometric="own")]
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    got = coloured(views, images, monkeypatch, True)["v"]
+    want = coloured(views, images, monkeypatch, False)["v"]
+    torch.testing.assert_close(got, want, atol=3e-5 if fused else 0, rtol=0)
