@@ -11,7 +11,7 @@ from PIL import Image
 
 from dataprep.synthetic import coordinate_image, random_image, write_jpeg
 from dense_ssl.config import UserError
-from dense_ssl.loaders.folder import FolderLoader
+from dense_ssl.loaders import DataConfig, make_loader
 from dense_ssl.loaders.order import Order, SequentialOrder
 from dense_ssl.loaders.source import FolderSource
 from dense_ssl.views import ViewSpec
@@ -45,8 +45,13 @@ def loaders(folder, order=None, views=VIEWS, max_replaced=0.5, workers=2):
     """The loader under test and the reference, on the same images, in the same order."""
     source = FolderSource(folder)
     order = order or Order(len(source.sizes), batch_size=4, seed=7)
-    tested = dali.DaliLoader(source, views, order, CPU, workers=workers, max_replaced=max_replaced)
-    return tested, FolderLoader(source, views, order, workers=0, max_replaced=max_replaced)
+    tested = load("dali", source, order, views, max_replaced=max_replaced, workers=workers)
+    return tested, load("folder", source, order, views, max_replaced=max_replaced, workers=0)
+
+
+def load(kind, source, order, views=VIEWS, device=CPU, **data):
+    config = DataConfig(path="given", loader=kind, **data)
+    return make_loader(config, views, order, device, source)
 
 
 def assert_same(one, other, mean=0.0, most=0.0):
@@ -117,7 +122,7 @@ def test_starting_in_the_middle_is_exact(folder):
 
 def test_skipped_steps_are_not_read(folder):
     tested, _ = loaders(folder)
-    source, read = tested._source, []
+    source, read = tested._reading.source, []
 
     class Noting:
         sizes, labels = source.sizes, source.labels
@@ -126,7 +131,7 @@ def test_skipped_steps_are_not_read(folder):
             read.append(index)
             return source.read(index)
 
-    tested._reader._source = Noting()
+    tested._reader._records._source = Noting()
     (batch,) = tested.epoch(0, start_step=2)
     assert sorted(read) == sorted(batch.index.tolist())
 
@@ -233,9 +238,7 @@ def test_decoded_images_are_pillows(folder):
     source = FolderSource(folder)
     view = ViewSpec(name="v", count=1, size=120, scale=(1, 1), ratio=(1, 1), flip=0)
     squares = [i for i in range(12) if tuple(source.sizes[i]) == (120, 120)]
-    tested = dali.DaliLoader(
-        source, (view,), SequentialOrder(12, 4), CPU, workers=1, max_replaced=0
-    )
+    tested = load("dali", source, SequentialOrder(12, 4), (view,), workers=1)
     for batch in tested.epoch(0):
         for row, index in enumerate(batch.index.tolist()):
             if index in squares:
@@ -245,12 +248,16 @@ def test_decoded_images_are_pillows(folder):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu(folder):
+@pytest.mark.parametrize("cut", ["host", "device"])
+def test_on_a_gpu(folder, cut):
     source = FolderSource(folder)
     order = Order(12, batch_size=4, seed=7)
-    tested = dali.DaliLoader(source, VIEWS, order, torch.device("cuda"), workers=2, max_replaced=0)
-    reference = FolderLoader(source, VIEWS, order, workers=0, max_replaced=0)
+    tested = load("dali", source, order, device=torch.device("cuda"), workers=2, cut=cut)
+    reference = load("folder", source, order, workers=0)
     for ours, theirs in zip(tested.epoch(0), reference.epoch(0), strict=True):
+        if cut == "device":
+            assert ours.memory.is_cuda
+            ours = ours.cut()
         assert ours.views["global"].images.is_cuda
         assert not ours.index.is_cuda
         on_host = type(ours)(

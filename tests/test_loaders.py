@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -32,25 +33,59 @@ VIEWS = (
     ViewSpec(name="local", count=3, size=28, scale=(0.05, 0.3), filter="bicubic"),
     ViewSpec(name="twin", count=2, size=64, twin_of="global", part=0.5),
 )
-LOADERS = [
+HOST = [
     "folder",
     pytest.param("ffcv", marks=pytest.mark.ffcv),
     pytest.param("dali", marks=pytest.mark.dali),
 ]
+# The same loaders, handing over whole images to be cut where they are used: on this CPU, by the host cutter.
+DEVICE = [
+    "folder-device",
+    pytest.param("ffcv-device", marks=pytest.mark.ffcv),
+    pytest.param("dali-device", marks=pytest.mark.dali),
+]
 # How far pixels may be from the reference's, in levels: (mean, at most). FFCV asks libjpeg-turbo for
-# the fast inverse DCT; DALI has its own filters.
-DIFFERENCE = {"folder": (0, 0), "ffcv": (1.2, 12), "dali": (0.4, 14)}
+# the fast inverse DCT; DALI has its own filters; the host cutter rounds its weights.
+DIFFERENCE = {
+    "folder": (0, 0),
+    "ffcv": (1.2, 12),
+    "dali": (0.4, 14),
+    "folder-device": (0.2, 2),
+    "ffcv-device": (1.2, 12),
+    "dali-device": (0.2, 2),
+}
 
 
-@pytest.fixture(params=LOADERS)
+@pytest.fixture(params=[*HOST, *DEVICE])
 def kind(request):
     return available(request.param)
 
 
+@pytest.fixture(params=HOST)
+def host_kind(request):
+    return available(request.param)
+
+
 def available(kind):
-    if kind != "folder":
-        pytest.importorskip(f"dense_ssl.loaders.{kind}", exc_type=ImportError)
+    loader = kind.partition("-")[0]
+    if loader != "folder":
+        pytest.importorskip(f"dense_ssl.loaders.{loader}", exc_type=ImportError)
     return kind
+
+
+class Cutting:
+    """A loader of whole images as the trainer sees it: behind the device cutter."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def epoch(self, *args, **kwargs):
+        with closing(self._loader.epoch(*args, **kwargs)) as batches:
+            for batch in batches:
+                yield batch.to(CPU).cut()
 
 
 def shard_set(folder, out):
@@ -73,9 +108,12 @@ def shards(tmp_path_factory):
 
 
 def load(kind, shards, order=None, views=VIEWS, **data):
-    data = {"workers": 0 if kind == "folder" else 2, "max_replaced": 0.2} | data
+    name, _, cut = kind.partition("-")
+    data = {"workers": 0 if name == "folder" else 2, "max_replaced": 0.2} | data
+    data |= {"path": str(shards), "loader": name, "cut": cut or "host"}
     order = order or Order(COUNT, batch_size=4, seed=7)
-    return make_loader(DataConfig(path=str(shards), loader=kind, **data), views, order, CPU)
+    loader = make_loader(DataConfig(**data), views, order, CPU)
+    return Cutting(loader) if cut else loader
 
 
 def assert_same(one, other, mean=0.0, most=0.0):
@@ -178,7 +216,7 @@ def test_batches_stay_what_they_were(kind, shards):
     loader.close()
 
 
-def test_labels_are_those_of_the_records(kind, tmp_path):
+def test_labels_are_those_of_the_records(host_kind, tmp_path):
     write_class_folders(tmp_path / "images/train", classes=3, per_class=4)
     out = tmp_path / "shards"
     convert(
@@ -186,7 +224,7 @@ def test_labels_are_those_of_the_records(kind, tmp_path):
         Manner(1, 0.0, io.StringIO(), lambda _: None),
     )
     labels = Manifest.load(out).labels
-    loader = load(kind, out, Order(12, 4))
+    loader = load(host_kind, out, Order(12, 4))
     for batch in loader.epoch(0):
         np.testing.assert_array_equal(batch.label, labels[batch.index.numpy()])
     loader.close()
@@ -195,9 +233,9 @@ def test_labels_are_those_of_the_records(kind, tmp_path):
 # --- in which order --------------------------------------------------------------------------------
 
 
-def test_ranks_share_a_global_batch_without_overlap_or_loss(kind, shards):
-    whole = load(kind, shards, Order(COUNT, 8, seed=7))
-    ranks = [load(kind, shards, Order(COUNT, 8, 2, rank, seed=7)) for rank in range(2)]
+def test_ranks_share_a_global_batch_without_overlap_or_loss(host_kind, shards):
+    whole = load(host_kind, shards, Order(COUNT, 8, seed=7))
+    ranks = [load(host_kind, shards, Order(COUNT, 8, 2, rank, seed=7)) for rank in range(2)]
     for together, *parts in zip(whole.epoch(1), *(rank.epoch(1) for rank in ranks), strict=True):
         assert torch.equal(torch.cat([part.index for part in parts]), together.index)
         for name in ("global", "local"):
@@ -301,19 +339,19 @@ def test_broken_records_are_replaced_by_their_neighbours(kind, shards, tmp_path,
     loader.close()
 
 
-def test_too_many_broken_records_end_the_run(kind, shards, tmp_path):
+def test_too_many_broken_records_end_the_run(host_kind, shards, tmp_path):
     broken = damage(shards, tmp_path / "shards", {2: "noise", 9: "no image", 15: "end missing"})
-    loader = load(kind, broken, max_replaced=0.1)
+    loader = load(host_kind, broken, max_replaced=0.1)
     with pytest.raises(UserError, match=r"3 of 24 records .*data\.max_replaced=0\.1"):
         list(loader.epoch(0))
     loader.close()
 
 
-def test_records_that_are_skipped_are_not_even_read(kind, shards, tmp_path):
+def test_records_that_are_skipped_are_not_even_read(host_kind, shards, tmp_path):
     order = Order(COUNT, 4, seed=7)
     skipped = int(order.batches(0)[0][1])
     broken = damage(shards, tmp_path / "shards", {skipped: "no image"})
-    loader = load(kind, broken, order)
+    loader = load(host_kind, broken, order)
     assert len(list(loader.epoch(0, start_step=1))) == 5
     assert loader.replaced == {}
     loader.close()
@@ -337,18 +375,18 @@ def test_leaving_early_leaves_nothing_behind(kind, shards):
     assert torch.get_num_threads() == threads
 
 
-def test_a_new_epoch_ends_the_one_before(kind, shards):
-    loader = load(kind, shards)
+def test_a_new_epoch_ends_the_one_before(host_kind, shards):
+    loader = load(host_kind, shards)
     left = loader.epoch(0)
     next(left)
-    assert_all_same(loader.epoch(1), load(kind, shards).epoch(1))
+    assert_all_same(loader.epoch(1), load(host_kind, shards).epoch(1))
     assert next(left, None) is None
     loader.close()
 
 
-def test_two_loaders_run_side_by_side(kind, shards):
-    alone = [list(load(kind, shards, Order(COUNT, 4, seed=seed)).epoch(0)) for seed in (1, 2)]
-    both = [load(kind, shards, Order(COUNT, 4, seed=seed)) for seed in (1, 2)]
+def test_two_loaders_run_side_by_side(host_kind, shards):
+    alone = [list(load(host_kind, shards, Order(COUNT, 4, seed=seed)).epoch(0)) for seed in (1, 2)]
+    both = [load(host_kind, shards, Order(COUNT, 4, seed=seed)) for seed in (1, 2)]
     for one, two, *wanted in zip(*(loader.epoch(0) for loader in both), *alone, strict=True):
         assert_same(one, wanted[0])
         assert_same(two, wanted[1])
@@ -357,10 +395,44 @@ def test_two_loaders_run_side_by_side(kind, shards):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_workers_change_nothing(kind, shards, workers):
-    loader = load(kind, shards, workers=workers)
-    assert_all_same(loader.epoch(0), load(kind, shards).epoch(0))
+def test_workers_change_nothing(host_kind, shards, workers):
+    loader = load(host_kind, shards, workers=workers)
+    assert_all_same(loader.epoch(0), load(host_kind, shards).epoch(0))
     loader.close()
+
+
+# --- whole images, for the device cutter ------------------------------------------------------------
+
+
+@pytest.mark.ffcv
+def test_on_a_cpu_ffcv_shows_the_same_bits_whoever_cuts(shards):
+    available("ffcv")
+    host, device = load("ffcv", shards), load("ffcv-device", shards)
+    for epoch in range(2):
+        assert_all_same(device.epoch(epoch), host.epoch(epoch))
+    host.close()
+    device.close()
+
+
+@pytest.mark.parametrize("kind", DEVICE)
+def test_whole_images_are_the_decoded_records(kind, shards):
+    """One piece of memory: what the plan says, then the images, nothing between them."""
+    available(kind)
+    loader = load(kind, shards)._loader
+    sizes = open_source(DataConfig(path=str(shards))).sizes
+    reader = RecordReader(Manifest.load(shards))
+    for batch in loader.epoch(0):
+        shown = sizes[batch.index.numpy()]
+        lengths = 3 * shown.prod(1)
+        images = np.split(batch.memory.numpy()[-lengths.sum() :], lengths.cumsum()[:-1])
+        for index, size, image in zip(batch.index.tolist(), shown.tolist(), images, strict=True):
+            exact = np.asarray(Image.open(io.BytesIO(reader.read(index)))).astype(int)
+            error = np.abs(image.reshape(*size, 3) - exact)
+            mean, most = DIFFERENCE[kind]
+            assert error.mean() <= (mean if "ffcv" in kind else 0)
+            assert error.max() <= (most if "ffcv" in kind else 0)
+    loader.close()
+    reader.close()
 
 
 # --- what cannot be loaded -------------------------------------------------------------------------
@@ -453,7 +525,7 @@ def test_a_twin_of_no_image_is_refused(shards):
 
 
 def test_frame_headers_are_read_as_pillow_reads_them():
-    from dense_ssl.loaders.cutter import _jpeg_size
+    from dense_ssl.loaders.jpeg import jpeg_size
 
     variants = [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"quality": 3}]
     variants += [{"comment": b"\xff\xc0 a comment"}, {"icc_profile": bytes(70_000)}]
@@ -463,13 +535,13 @@ def test_frame_headers_are_read_as_pillow_reads_them():
             image = Image.fromarray(random_image(30 + number, 300 + number, 0)).convert(mode)
             image.save(stream, "JPEG", **options)
             data = np.frombuffer(stream.getvalue(), np.uint8)
-            assert _jpeg_size(data) == (30 + number, 300 + number)
+            assert jpeg_size(data) == (30 + number, 300 + number)
             for length in range(0, 12):
-                assert _jpeg_size(data[:length]) == (0, 0)
-    assert _jpeg_size(np.zeros(100, np.uint8)) == (0, 0)
+                assert jpeg_size(data[:length]) == (0, 0)
+    assert jpeg_size(np.zeros(100, np.uint8)) == (0, 0)
 
 
-def test_real_images_look_alike(kind, real_images, tmp_path):
+def test_real_images_look_alike(host_kind, real_images, tmp_path):
     """Photographs: subsampled chroma, every size, grey ones among them."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -481,7 +553,7 @@ def test_real_images_look_alike(kind, real_images, tmp_path):
         Manner(1, 0.0, io.StringIO(), lambda _: None),
     )
     views = (ViewSpec(name="a", count=3, size=96), ViewSpec(name="b", count=2, size=32))
-    tested, reference = (load(k, out, Order(16, 8), views=views) for k in (kind, "folder"))
+    tested, reference = (load(k, out, Order(16, 8), views=views) for k in (host_kind, "folder"))
     for one, other in zip(tested.epoch(0), reference.epoch(0), strict=True):
         assert_same(one, other, mean=2.0, most=40)
     tested.close()

@@ -4,17 +4,19 @@
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
 from dense_ssl.config import Config, UserError
-from dense_ssl.crops import MultiCropBatch
-from dense_ssl.loaders.folder import FolderLoader
+from dense_ssl.loaders.batch import check_recipe
+from dense_ssl.loaders.folder import FolderReader
+from dense_ssl.loaders.loader import Loader, Reader, Reading
 from dense_ssl.loaders.order import Batches
+from dense_ssl.loaders.replace import Replacements
 from dense_ssl.loaders.source import ImageSource, open_path
 from dense_ssl.views import ViewSpec
 
@@ -24,31 +26,10 @@ class DataConfig(Config):
 
     path: str  # a shard set, or a folder of images
     loader: Literal["ffcv", "dali", "folder"] = "ffcv"
+    # Who cuts the crops: the loader, or the device that uses them. Pixels differ by rounding.
+    cut: Literal["host", "device"] = "host"
     workers: Annotated[int, Field(ge=0)] | None = None  # per rank; None: its share of the cores
     max_replaced: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of records that may be broken
-
-
-class Loader(Protocol):
-    """Batches of one rank, epoch by epoch; one epoch runs at a time."""
-
-    steps_per_epoch: int
-
-    @property
-    def replaced(self) -> dict[int, str]:
-        """Records that could not be shown, with the reason."""
-        ...
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[MultiCropBatch]:
-        """Yield the micro-batches of one epoch; steps before `start_step` are never decoded.
-
-        The images are uint8, on the CPU or already on the device. Starting an epoch ends the one
-        before it.
-        """
-        ...
-
-    def close(self) -> None:
-        """End the running epoch with its threads and processes."""
-        ...
 
 
 def open_source(data: DataConfig) -> ImageSource:
@@ -79,25 +60,38 @@ def make_loader(
     Raises:
         UserError: the data cannot be read this way, or the library is not installed.
     """
+    check_recipe(views, order.micro_batch)
     source = source or open_source(data)
     workers = share_of_cores() if data.workers is None else data.workers
-    if data.loader == "folder":
-        return FolderLoader(source, views, order, workers=workers, max_replaced=data.max_replaced)
+    reading = Reading(
+        source=source,
+        views=tuple(views),
+        replacements=Replacements(len(source.sizes), data.max_replaced),
+        cut=data.cut,
+        device=device,
+        micro_batch=order.micro_batch,
+        workers=workers if data.loader == "folder" else max(workers, 1),
+    )
+    return Loader(reading, _reader(data.loader)(reading), order)
+
+
+def _reader(name: str) -> Callable[[Reading], Reader]:
+    """Return the class that reads by the library `name`."""
+    if name == "folder":
+        return FolderReader
     try:
-        if data.loader == "ffcv":
-            from dense_ssl.loaders.ffcv import FfcvLoader as Chosen
+        if name == "ffcv":
+            from dense_ssl.loaders.ffcv import FfcvReader as Chosen
         else:
-            from dense_ssl.loaders.dali import DaliLoader as Chosen
+            from dense_ssl.loaders.dali import DaliReader as Chosen
     except ImportError as error:
         if error.name is None or error.name.startswith("dense_ssl"):
             raise
         raise UserError(
-            f"data.loader={data.loader}: {error.name} is not installed; run `make setup`, "
+            f"data.loader={name}: {error.name} is not installed; run `make setup`, "
             "or use data.loader=folder"
         ) from None
-    return Chosen(
-        source, views, order, device, workers=max(workers, 1), max_replaced=data.max_replaced
-    )
+    return Chosen
 
 
 def share_of_cores() -> int:

@@ -45,22 +45,33 @@ def assemble(
         index: int64 [B], the records shown.
         labels: int64 [B].
     """
-    where = positions(views)
-    boxes = torch.from_numpy(plan.fractions(sizes).swapaxes(0, 1).copy())
-    flipped = torch.from_numpy(plan.flipped.T.copy())
-    crops: dict[str, Crops] = {}
-    for view in views:
-        shown = images[view.twin_of or view.name]
-        first = len(index) - int(view.part * len(index))
-        rows = (where[view.name], slice(first, None))
-        crops[view.name] = Crops(
-            images=shown[:, first:],
-            boxes=boxes[rows].to(shown.device),
-            flipped=flipped[rows].to(shown.device),
-        )
     device = next(iter(images.values())).device
+    boxes = torch.from_numpy(plan.fractions(sizes).swapaxes(0, 1).copy()).to(device)
+    flipped = torch.from_numpy(plan.flipped.T.copy()).to(device)
     return MultiCropBatch(
-        views=crops,
+        views=crops_by_view(views, images, boxes, flipped),
         index=torch.from_numpy(np.asarray(index, np.int64).copy()),
         label=torch.from_numpy(np.asarray(labels, np.int64).copy()).to(device),
     )
+
+
+def crops_by_view(
+    views: Sequence[ViewSpec], images: Mapping[str, Tensor], boxes: Tensor, flipped: Tensor
+) -> dict[str, Crops]:
+    """Return the crops of every view, twins included.
+
+    Args:
+        views: the whole recipe.
+        images: uint8 [V, B, 3, S, S] of each of `cut_views(views)`.
+        boxes: float32 [V, B, 4] of all crops of all views, fractions of the source images.
+        flipped: bool [V, B].
+    """
+    where = positions(views)
+    count = boxes.shape[1]
+    crops: dict[str, Crops] = {}
+    for view in views:
+        first = count - int(view.part * count)
+        rows = (where[view.name], slice(first, None))
+        shown = images[view.twin_of or view.name]
+        crops[view.name] = Crops(shown[:, first:], boxes[rows], flipped[rows])
+    return crops

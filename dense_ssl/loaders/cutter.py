@@ -5,28 +5,20 @@ changes from epoch to epoch and from batch to batch (boxes, flips, where the cro
 that table, so nothing is ever compiled again, and whoever calls it compiles no more than the call.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import numba as nb
 import numpy as np
+import torch
 from torch import Tensor
 
 from dense_ssl.loaders.batch import cut_views
+from dense_ssl.loaders.jpeg import OK, REASONS, Decode, checked
 from dense_ssl.loaders.resample import Layout, crop_table, cut, layout
 from dense_ssl.loaders.simd import pointer
 from dense_ssl.views import CropPlan, ViewSpec
-
-# decode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) -> 0 if all went well
-Decoder = Callable[..., int]
-
-OK, NOT_DECODABLE, WRONG_SIZE, NOT_JPEG = range(4)
-REASONS = {
-    NOT_DECODABLE: "its JPEG data is damaged",
-    WRONG_SIZE: "its JPEG header gives another size than the shard set",
-    NOT_JPEG: "it is not a JPEG",
-}
 
 # What the table holds at which position: addresses of arrays, then numbers.
 _BOXES, _FLIPPED, _SIZES, _SCRATCH, _TARGETS, _CROPS, _NUM_CROPS, _NUM_VIEWS, _LAYOUT = range(9)
@@ -43,18 +35,20 @@ class Cutter:
         decode: decodes a JPEG, as FFCV's `imdecode`.
         threads: how many may call at a time.
         slots: batches that may be written at a time.
+        pinned: whether batches will be sent to a GPU.
     """
 
     def __init__(
         self,
         sizes: np.ndarray,
         views: Sequence[ViewSpec],
-        decode: Decoder,
+        decode: Decode,
         *,
         threads: int,
         slots: int,
+        pinned: bool,
     ) -> None:
-        self._views = cut_views(views)
+        self._views, self._pinned = cut_views(views), pinned
         self._sizes = np.ascontiguousarray(sizes, np.int32)
         self._crops = crop_table(views)
         self._spare_thread, self._spare_slot = threads, slots  # for `show`
@@ -93,8 +87,23 @@ class Cutter:
         self._table[_BOXES] = plan.boxes.ctypes.data
         self._table[_FLIPPED] = plan.flipped.ctypes.data
 
-    def aim(self, slot: int, images: Mapping[str, Tensor]) -> None:
-        """Write the batch of `slot` to `images`, uint8 [V, B, 3, S, S] by view, from now on."""
+    def place(self, slot: int, records: np.ndarray) -> dict[str, Tensor]:
+        """Return memory for the crops of `records`, where the batch of `slot` goes from now on.
+
+        uint8 [V, B, 3, S, S] by view.
+        """
+        images = {
+            view.name: torch.empty(
+                (view.count, len(records), 3, view.size, view.size),
+                dtype=torch.uint8,
+                pin_memory=self._pinned,
+            )
+            for view in self._views
+        }
+        self._aim(slot, images)
+        return images
+
+    def _aim(self, slot: int, images: Mapping[str, Tensor]) -> None:
         tensors = [images[view.name] for view in self._views]
         self._targets[slot] = [crop.data_ptr() for views in tensors for crop in views]
 
@@ -104,7 +113,7 @@ class Cutter:
         Raises:
             ValueError: it cannot be shown.
         """
-        self.aim(self._spare_slot, images)
+        self._aim(self._spare_slot, images)
         data = np.frombuffer(encoded, np.uint8)
         status = self.function(
             *(data.ctypes.data, len(data), index, row),
@@ -115,9 +124,9 @@ class Cutter:
 
 
 @cache
-def _compile(decode: Decoder) -> Any:
+def _compile(decode: Decode) -> Any:
     """Return the C function over `decode`."""
-    compiled_decode = nb.njit(decode)
+    decode_to = checked(decode)
 
     def show(
         address: int, length: int, index: int, row: int, slot: int, thread: int, table_address: int
@@ -130,17 +139,10 @@ def _compile(decode: Decoder) -> Any:
         )
         sizes = nb.carray(pointer(table[_SIZES] + 8 * index), (2,), np.int32)
         height, width = int(sizes[0]), int(sizes[1])
-        data = nb.carray(pointer(address), (length,), np.uint8)
-        found_height, found_width = _jpeg_size(data)
-        if found_height == 0:
-            return NOT_JPEG
-        if found_height != height or found_width != width:
-            return WRONG_SIZE
         scratch = table[_SCRATCH] + thread * memory.total
-        image = nb.carray(pointer(scratch + memory.image), (height * width * 3,), np.uint8)
-        h, w = np.uint32(height), np.uint32(width)
-        if compiled_decode(data, image, h, w, h, w, 0, 0, 1, 1, False, False) != 0:
-            return NOT_DECODABLE
+        status = decode_to(address, length, height, width, scratch + memory.image)
+        if status != OK:
+            return status
         cut(
             height,
             width,
@@ -155,28 +157,3 @@ def _compile(decode: Decoder) -> Any:
         return OK
 
     return nb.cfunc(nb.int64(*[nb.int64] * 7), error_model="numpy")(show)
-
-
-@nb.njit(error_model="numpy")
-def _jpeg_size(data: np.ndarray) -> tuple[int, int]:
-    """Return (height, width) from the frame header of a JPEG, (0, 0) where there is none.
-
-    libjpeg-turbo, given other dimensions than the header's, would scale or fill a part only.
-    """
-    if len(data) < 4 or data[0] != 0xFF or data[1] != 0xD8:
-        return 0, 0
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height = (int(data[at + 5]) << 8) + int(data[at + 6])
-            return height, (int(data[at + 7]) << 8) + int(data[at + 8])
-        if marker == 0xFF:  # a filling byte
-            at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
-            at += 2
-        elif marker in (0xD9, 0xDA):  # the end, or pixels before any frame header
-            return 0, 0
-        else:
-            at += 2 + (int(data[at + 2]) << 8) + int(data[at + 3])
-    return 0, 0

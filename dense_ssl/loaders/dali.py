@@ -1,7 +1,8 @@
 """DALI executes the plan: encoded bytes and boxes in, one decode per image, every crop out.
 
 Decoding and resizing happen on the GPU where the batches are wanted on one, on the CPU otherwise.
-A region whose start exceeds its end comes out mirrored, so a flip costs nothing.
+A region whose start exceeds its end comes out mirrored, so a flip costs nothing. Where the device cutter is
+asked for, DALI decodes and that is all.
 
 Pixels are not those of the other loaders to the bit: DALI's triangular and cubic filters differ from
 Pillow's by 0.15 of 255 levels on average (12 at most, seen with the cubic one), and a GPU decodes JPEGs
@@ -22,166 +23,153 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from dense_ssl.crops import MultiCropBatch
-from dense_ssl.loaders.batch import assemble, check_recipe, cut_views
-from dense_ssl.loaders.order import Batches
+from dense_ssl.loaders.batch import cut_views
+from dense_ssl.loaders.decoded import Decoded
+from dense_ssl.loaders.loader import Pixels, Reading
 from dense_ssl.loaders.replace import Replacements
 from dense_ssl.loaders.source import ImageSource, ShardSource, decode
-from dense_ssl.views import CropPlan, ViewSpec, draw_epoch, positions
+from dense_ssl.views import CropPlan, positions
 
 # DALI has no name of its own for "triangular": it is the linear filter with antialiasing.
 FILTERS = {
     "bilinear": types.DALIInterpType.INTERP_LINEAR,
     "bicubic": types.DALIInterpType.INTERP_CUBIC,
 }
+HARDWARE_SHARE = 0.65  # of the JPEGs, given to the hardware decoder of GPUs that have one
 QUEUE_DEPTH = 2  # batches DALI works on ahead of the one returned
 
 _log = logging.getLogger(__name__)
 
 
-class DaliLoader:
-    """Batches from any source, on `device`.
+class DaliReader:
+    """Reads any source, to `reading.device`: decoded there if it is a GPU."""
 
-    Args:
-        source: of encoded images.
-        views: the recipe.
-        order: of this rank.
-        device: a GPU, where decoding and resizing happen there, or the CPU.
-        workers: threads of DALI, and threads that read.
-        max_replaced: share of records that may be unreadable.
-        hw_decoder_load: share of the JPEGs given to the hardware decoder of GPUs that have one.
-    """
-
-    def __init__(
-        self,
-        source: ImageSource,
-        views: Sequence[ViewSpec],
-        order: Batches,
-        device: torch.device,
-        *,
-        workers: int,
-        max_replaced: float,
-        hw_decoder_load: float = 0.65,
-    ) -> None:
-        check_recipe(views, order.micro_batch)
-        self.steps_per_epoch = order.steps_per_epoch
-        self._source, self._views, self._order, self._device = source, tuple(views), order, device
-        self._workers = workers
-        self._hw_decoder_load = hw_decoder_load
-        self._replacements = Replacements(len(source.sizes), max_replaced)
-        self._reader = _Reader(source, self._replacements)
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._records = _Records(reading.source, reading.replacements)
         self._feed: _Feed | None = None  # of the running epoch
         self._idle: Pipeline | None = None  # after a whole epoch: ready for the next one
-        self._live: Generator[MultiCropBatch] | None = None
-
-    @property
-    def replaced(self) -> dict[int, str]:
-        """Records that could not be shown, with the reason."""
-        return self._replacements.reasons
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[MultiCropBatch]:
-        """Yield the micro-batches of one epoch from `start_step` on; ends the epoch before it."""
-        if self._live is not None:
-            self._live.close()
-        self._live = self._batches(epoch, start_step)
-        return self._live
 
     def close(self) -> None:
-        """End the running epoch, and DALI's threads with its memory."""
-        if self._live is not None:
-            self._live.close()
-        self._live = self._idle = self._feed = None
+        """End DALI's threads and give back its memory."""
+        self._idle = self._feed = None
 
-    def _batches(self, epoch: int, start_step: int) -> Generator[MultiCropBatch]:
-        plan = draw_epoch(self._views, self._source.sizes, self._order.seed, epoch)
-        order = self._order.batches(epoch, start_step)
-        with ThreadPoolExecutor(self._workers) as pool:
-            feed = self._feed = _Feed(self._reader, pool, plan, order)
+    def read(
+        self, plan: CropPlan, order: Sequence[np.ndarray]
+    ) -> Generator[tuple[np.ndarray, Pixels]]:
+        """Yield the records shown, int64 [B], and their pixels, batch by batch."""
+        with ThreadPoolExecutor(self._reading.workers) as pool:
+            feed = self._feed = _Feed(self._records, pool, plan, order)
             pipeline, self._idle = self._idle or self._pipeline(), None
             pipeline.reset()
             for done in range(len(order)):
                 try:
-                    images = self._run(pipeline)
+                    outputs = self._run(pipeline)
                 except RuntimeError as error:
-                    self._reader.distrust(np.concatenate(feed.shown), error)
-                    feed = self._feed = _Feed(self._reader, pool, plan, order[done:])
+                    self._records.distrust(np.concatenate(feed.shown), error)
+                    feed = self._feed = _Feed(self._records, pool, plan, order[done:])
                     pipeline = self._pipeline()
-                    images = self._run(pipeline)
+                    outputs = self._run(pipeline)
                 index = feed.shown.popleft()
-                yield assemble(
-                    self._views,
-                    images,
-                    CropPlan(plan.boxes[index], plan.flipped[index]),
-                    self._source.sizes[index],
-                    index,
-                    self._source.labels[index],
-                )
+                if self._reading.cut == "host":
+                    yield index, self._crops(outputs)
+                else:
+                    yield index, self._decoded(index, outputs[0])
         self._idle = pipeline
 
-    def _next(self) -> "tuple[list[np.ndarray], np.ndarray, np.ndarray]":
-        """Return what DALI asks for, or end its epoch by StopIteration."""
+    def _images(self) -> list[np.ndarray]:
+        """Return what DALI asks for where it only decodes, or end its epoch by StopIteration."""
         assert self._feed is not None
-        return self._feed.next()
+        return self._feed.next()[1]
+
+    def _images_and_regions(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Return the same, and the corners (y, x) of all regions, float32 [B, V, 2] twice."""
+        assert self._feed is not None
+        index, encoded = self._feed.next()
+        return encoded, *self._feed.corners(index)
 
     def _pipeline(self) -> Pipeline:
-        """Return a pipeline whose outputs are all crops, uint8 [B, S, S, 3] each, in recipe order."""
+        """Return a pipeline whose outputs are all crops, uint8 [B, S, S, 3] each, in recipe order.
+
+        Where the device cuts, the one output is the decoded images, uint8 [H, W, 3].
+        """
+        views, device = self._reading.views, self._reading.device
         device_id, decoder = None, dict[str, Any](device="cpu")
-        if self._device.type == "cuda":
-            index = self._device.index
-            device_id = torch.cuda.current_device() if index is None else index
+        if device.type == "cuda":
+            device_id = torch.cuda.current_device() if device.index is None else device.index
             decoder = dict[str, Any](
                 device="mixed",
                 jpeg_fancy_upsampling=True,  # of colour, as libjpeg does it on a CPU
-                hw_decoder_load=self._hw_decoder_load,
+                hw_decoder_load=HARDWARE_SHARE,
             )
         pipeline = Pipeline(
-            batch_size=self._order.micro_batch,
-            num_threads=self._workers,
+            batch_size=self._reading.micro_batch,
+            num_threads=self._reading.workers,
             device_id=device_id,
             prefetch_queue_depth=QUEUE_DEPTH,
         )
-        where = positions(self._views)
+        where = positions(views)
         with pipeline:
-            encoded, starts, ends = fn.external_source(source=self._next, num_outputs=3, batch=True)
-            # Images that are not upright reach DALI upright, see _Reader.
+            starts = ends = None
+            if self._reading.cut == "host":
+                source = {"source": self._images_and_regions, "num_outputs": 3}
+                encoded, starts, ends = fn.external_source(**source, batch=True)
+            else:
+                encoded = fn.external_source(source=self._images, batch=True)
+            # Images that are not upright reach DALI upright, see _Records.
             decoded = fn.decoders.image(
                 encoded, output_type=types.DALIImageType.RGB, adjust_orientation=False, **decoder
             )
-            crops = [
-                fn.resize(
-                    decoded,
-                    roi_start=starts[v],
-                    roi_end=ends[v],
-                    size=[view.size, view.size],
-                    interp_type=FILTERS[view.filter],
-                    antialias=True,
-                )
-                for view in cut_views(self._views)
-                for v in range(where[view.name].start, where[view.name].stop)
-            ]
-            pipeline.set_outputs(*crops)
+            if starts is None or ends is None:
+                pipeline.set_outputs(decoded)
+            else:
+                crops = [
+                    fn.resize(
+                        decoded,
+                        roi_start=starts[v],
+                        roi_end=ends[v],
+                        size=[view.size, view.size],
+                        interp_type=FILTERS[view.filter],
+                        antialias=True,
+                    )
+                    for view in cut_views(views)
+                    for v in range(where[view.name].start, where[view.name].stop)
+                ]
+                pipeline.set_outputs(*crops)
         pipeline.build()
         return pipeline
 
-    def _run(self, pipeline: Pipeline) -> dict[str, Tensor]:
-        """Return the next batch, uint8 [V, B, 3, S, S] by view, in memory of its own.
+    def _run(self, pipeline: Pipeline) -> Sequence[Any]:
+        """Return DALI's outputs for the next batch, good until it is run again.
 
         On a GPU everything is queued on the current stream: DALI hands its outputs over on it, and
         gets their memory back behind the copies made here.
         """
-        on_gpu = self._device.type == "cuda"
-        outputs = iter(pipeline.run(torch.cuda.current_stream(self._device) if on_gpu else None))
+        device = self._reading.device
+        return pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+
+    def _crops(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the crops, uint8 [V, B, 3, S, S] by view, in memory of their own."""
+        left = iter(outputs)
         images: dict[str, Tensor] = {}
-        for view in cut_views(self._views):
-            crops = [torch.from_dlpack(next(outputs).as_tensor()) for _ in range(view.count)]
+        for view in cut_views(self._reading.views):
+            crops = [torch.from_dlpack(next(left).as_tensor()) for _ in range(view.count)]
             shape = (view.count, len(crops[0]), 3, view.size, view.size)
-            images[view.name] = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            images[view.name] = torch.empty(shape, dtype=torch.uint8, device=self._reading.device)
             for target, crop in zip(images[view.name], crops, strict=True):
                 target.copy_(crop.permute(0, 3, 1, 2))
         return images
 
+    def _decoded(self, index: np.ndarray, output: Any) -> Decoded:
+        """Return the decoded images of the records shown, in memory of their own."""
+        reading = self._reading
+        images = [torch.from_dlpack(image) for image in output]
+        decoded = Decoded(reading.views, reading.source.sizes[index], reading.device)
+        torch.cat([image.flatten() for image in images], out=decoded.pixels)
+        return decoded
 
-class _Reader:
+
+class _Records:
     """Bytes that DALI decodes to what every other loader shows, or the bytes of a neighbour.
 
     DALI stops at the first broken image and knows no EXIF-free, alpha-free, CMYK-free RGB as Pillow
@@ -252,28 +240,32 @@ class _Reader:
 
 
 class _Feed:
-    """What goes into DALI, batch by batch: encoded images, and where their crops start and end."""
+    """What goes into DALI, batch by batch."""
 
     def __init__(
         self,
-        reader: _Reader,
+        records: _Records,
         pool: ThreadPoolExecutor,
         plan: CropPlan,
         order: Sequence[np.ndarray],
     ) -> None:
         self.shown: deque[np.ndarray] = deque()  # records of the batches not returned yet, [B] each
-        self._reader, self._pool, self._plan = reader, pool, plan
+        self._records, self._pool, self._plan = records, pool, plan
         self._order = iter(order)
 
-    def next(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Return the images, and the corners (y, x) of all regions, float32 [B, V, 2] twice."""
-        index, encoded = self._reader.read(next(self._order), self._pool)
+    def next(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the records of the next batch, int64 [B], and their encoded images."""
+        index, encoded = self._records.read(next(self._order), self._pool)
         self.shown.append(index)
+        return index, encoded
+
+    def corners(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where all regions of these records start and end, (y, x), float32 [B, V, 2] each."""
         x0, y0, x1, y1 = np.moveaxis(self._plan.boxes[index].astype(np.float32), -1, 0)
         flipped = self._plan.flipped[index]
         starts = np.stack([y0, np.where(flipped, x1, x0)], axis=-1)
         ends = np.stack([y1, np.where(flipped, x0, x1)], axis=-1)
-        return encoded, starts, ends
+        return starts, ends
 
 
 def _is_plain_jpeg(encoded: bytes) -> bool:

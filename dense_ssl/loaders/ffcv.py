@@ -1,7 +1,8 @@
 """FFCV executes the plan: one decode per image, then every crop of it, in FFCV's own threads.
 
 The decoder is an FFCV operation of ours. It reads boxes and flips of the running epoch through a fixed
-address, so nothing is compiled twice, and it writes each crop once: to where the batch keeps it.
+address, so nothing is compiled twice, and it writes each crop once: to where the batch keeps it. Where the
+device cuts, it decodes to where the batch keeps the images, and that is all.
 
 Pixels are those of `folder` but for the JPEG decoder's arithmetic: FFCV asks libjpeg-turbo for its
 fast inverse DCT. Boxes, flips, order and replaced records are the same.
@@ -12,22 +13,20 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from queue import Empty
-from typing import Any
+from typing import Any, Protocol
 
 import numba as nb
 import numpy as np
 import torch
-from torch import Tensor
 
 from dense_ssl.config import UserError
-from dense_ssl.crops import MultiCropBatch
-from dense_ssl.loaders.batch import assemble, check_recipe, cut_views
-from dense_ssl.loaders.cutter import REASONS, Cutter
-from dense_ssl.loaders.order import Batches
-from dense_ssl.loaders.replace import Replacements
+from dense_ssl.loaders.cutter import Cutter
+from dense_ssl.loaders.decoder import Decoder
+from dense_ssl.loaders.jpeg import REASONS
+from dense_ssl.loaders.loader import Pixels, Reading
 from dense_ssl.loaders.simd import pointer
-from dense_ssl.loaders.source import ImageSource, ShardSource
-from dense_ssl.views import CropPlan, ViewSpec, draw_epoch
+from dense_ssl.loaders.source import ShardSource
+from dense_ssl.views import CropPlan
 
 _torch_threads = torch.get_num_threads()
 with warnings.catch_warnings():
@@ -49,62 +48,65 @@ BATCHES_AHEAD = 3
 RING = BATCHES_AHEAD + 2  # batches that FFCV may be writing or holding while one is asked for
 
 
-class FfcvLoader:
-    """Batches from a shard set in FFCV's format, on the CPU; pinned where `device` is a GPU."""
+class Writer(Protocol):
+    """Compiled code that FFCV runs for every image, and the memory of the batches it writes."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        views: Sequence[ViewSpec],
-        order: Batches,
-        device: torch.device,
-        *,
-        workers: int,
-        max_replaced: float,
-    ) -> None:
-        check_recipe(views, order.micro_batch)
+    @property
+    def function(self) -> Any: ...  # noqa: D102  (see Cutter, Decoder)
+    @property
+    def table_address(self) -> int: ...  # noqa: D102
+
+    def follow(self, plan: CropPlan) -> None:
+        """Show the crops of `plan` from now on."""
+        ...
+
+    def place(self, slot: int, records: np.ndarray) -> Any:
+        """Return memory for the pixels of `records`, where the batch of `slot` goes from now on."""
+        ...
+
+    def show(self, encoded: bytes, index: int, row: int, images: Any) -> None:
+        """Write record `index`, whose JPEG is `encoded`, to row `row` of what `place` returned."""
+        ...
+
+
+class FfcvReader:
+    """Reads a shard set in FFCV's format, to the CPU; pinned where `reading.device` is a GPU."""
+
+    def __init__(self, reading: Reading) -> None:
+        source = reading.source
         if not isinstance(source, ShardSource) or "ffcv" not in source.manifest.formats:
             raise UserError(
                 "data.loader=ffcv: data.path holds no FFCV file; convert it with `make shards "
                 "FORMAT=ffcv`, or use data.loader=folder"
             )
-        self.steps_per_epoch = order.steps_per_epoch
-        self._source, self._views, self._order = source, tuple(views), order
-        self._pinned = device.type == "cuda"
-        self._replacements = Replacements(len(source.sizes), max_replaced)
+        self._source, self._replacements = source, reading.replacements
         threads = nb.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
-        self._cutter = Cutter(source.sizes, views, imdecode, threads=threads, slots=RING)
-        self._decoder = _Decoder(self._cutter)
-        self._file = _open(source, self._decoder, order.micro_batch, min(workers, threads))
+        what = (source.sizes, reading.views, imdecode)
+        self._writer: Writer
+        if reading.cut == "host":
+            self._writer = Cutter(*what, threads=threads, slots=RING, pinned=reading.pinned)
+        else:
+            self._writer = Decoder(
+                *what, rows=reading.micro_batch, slots=RING, pinned=reading.pinned
+            )
+        self._operation = _Operation(self._writer)
+        workers = min(reading.workers, threads)
+        self._file = _open(source, self._operation, reading.micro_batch, workers)
         self._bytes = np.memmap(source.manifest.beton, np.uint8, "r")
         self._extents = _extents(self._file, source)
-        self._live: Generator[MultiCropBatch] | None = None
-
-    @property
-    def replaced(self) -> dict[int, str]:
-        """Records that could not be shown, with the reason."""
-        return self._replacements.reasons
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[MultiCropBatch]:
-        """Yield the micro-batches of one epoch from `start_step` on; ends the epoch before it."""
-        self.close()
-        self._live = self._batches(epoch, start_step)
-        return self._live
 
     def close(self) -> None:
-        """End the running epoch and its thread."""
-        if self._live is not None:
-            self._live.close()
-            self._live = None
+        """Do nothing: FFCV's thread ends with its epoch."""
 
-    def _batches(self, epoch: int, start_step: int) -> Generator[MultiCropBatch]:
-        order = self._order.batches(epoch, start_step)
+    def read(
+        self, plan: CropPlan, order: Sequence[np.ndarray]
+    ) -> Generator[tuple[np.ndarray, Pixels]]:
+        """Yield the records shown, int64 [B], and their pixels, batch by batch."""
         if not order:
             return
-        plan = draw_epoch(self._views, self._source.sizes, self._order.seed, epoch)
-        self._cutter.follow(plan)
-        self._decoder.calls[0] = 0
-        pending = deque(self._place(i, len(batch)) for i, batch in enumerate(order[:RING]))
+        self._writer.follow(plan)
+        self._operation.calls[0] = 0
+        pending = deque(self._writer.place(i, batch) for i, batch in enumerate(order[:RING]))
         threads = torch.get_num_threads()
         iterator = EpochIterator(self._file, np.concatenate(order))  # pyright: ignore[reportArgumentType]
         try:
@@ -114,36 +116,15 @@ class FfcvLoader:
                     torch.set_num_threads(threads)  # what FFCV's thread began by changing
                 images = pending.popleft()
                 index = self._check(wanted, status, images)
-                if number + RING < len(order):
+                after = number + RING
+                if after < len(order):
                     # Not begun yet: FFCV has no room for it before the next batch is asked for.
-                    pending.append(self._place(number + RING, len(order[number + RING])))
-                yield assemble(
-                    self._views,
-                    images,
-                    CropPlan(plan.boxes[index], plan.flipped[index]),
-                    self._source.sizes[index],
-                    index,
-                    self._source.labels[index],
-                )
+                    pending.append(self._writer.place(after % RING, order[after]))
+                yield index, images
         finally:
             _stop(iterator)
 
-    def _place(self, number: int, count: int) -> dict[str, Tensor]:
-        """Return memory for batch `number` of `count` images, having told the decoder about it."""
-        images = {
-            view.name: torch.empty(
-                (view.count, count, 3, view.size, view.size),
-                dtype=torch.uint8,
-                pin_memory=self._pinned,
-            )
-            for view in cut_views(self._views)
-        }
-        self._cutter.aim(number % RING, images)
-        return images
-
-    def _check(
-        self, wanted: np.ndarray, status: np.ndarray, images: dict[str, Tensor]
-    ) -> np.ndarray:
+    def _check(self, wanted: np.ndarray, status: np.ndarray, images: Pixels) -> np.ndarray:
         """Return the records shown, after putting neighbours where one could not be."""
         shown = wanted.copy()
         for row, (index, code) in enumerate(zip(wanted.tolist(), status.tolist())):
@@ -152,7 +133,7 @@ class FfcvLoader:
                 self._replacements.note(index, reason)
                 shown[row], _ = self._replacements.show(
                     index,
-                    lambda i, row=row: self._cutter.show(self._source.read(i), i, row, images),
+                    lambda i, row=row: self._writer.show(self._source.read(i), i, row, images),
                 )
         return shown
 
@@ -166,13 +147,13 @@ class FfcvLoader:
         return None
 
 
-class _Decoder(Operation):
-    """FFCV's decoder of the image field: cuts the crops, and gives FFCV only a status per image."""
+class _Operation(Operation):
+    """FFCV's decoder of the image field: runs the writer, and gives FFCV only a status per image."""
 
-    def __init__(self, cutter: Cutter) -> None:
+    def __init__(self, writer: Writer) -> None:
         super().__init__()
         self.calls = np.zeros(1, np.int64)  # batches of this epoch that FFCV has begun
-        self._cutter = cutter
+        self._writer = writer
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         """Ask FFCV for one int32 per image."""
@@ -184,7 +165,7 @@ class _Decoder(Operation):
         """Return the function that FFCV compiles; what it closes over is constant to it."""
         read: Any = self.memory_read  # (address, storage) -> the bytes there
         rows = Compiler.get_iterator()
-        show, table_address = self._cutter.function, self._cutter.table_address
+        show, table_address = self._writer.function, self._writer.table_address
         calls_address = self.calls.ctypes.data
 
         def decode(batch, status, metadata, storage):  # noqa: ANN001, ANN202
@@ -204,14 +185,14 @@ class _Decoder(Operation):
         return decode
 
 
-def _open(source: ShardSource, decoder: _Decoder, batch_size: int, workers: int) -> StockLoader:
+def _open(source: ShardSource, operation: _Operation, batch_size: int, workers: int) -> StockLoader:
     """Return FFCV's loader of the shard set's file.
 
     Raises:
         UserError: it is not a file of FFCV's.
     """
     threads = torch.get_num_threads(), nb.get_num_threads()
-    pipelines: dict[str, Any] = {"image": PipelineSpec("image", decoder=decoder), "label": None}
+    pipelines: dict[str, Any] = {"image": PipelineSpec("image", decoder=operation), "label": None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that Python has deprecated since
         try:

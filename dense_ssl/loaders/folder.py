@@ -16,82 +16,62 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dense_ssl.crops import MultiCropBatch
-from dense_ssl.loaders.batch import assemble, check_recipe, cut_views
-from dense_ssl.loaders.order import Batches
-from dense_ssl.loaders.replace import Replacements
+from dense_ssl.loaders.batch import cut_views
+from dense_ssl.loaders.decoded import Decoded
+from dense_ssl.loaders.loader import Pixels, Reading
 from dense_ssl.loaders.source import ImageSource, decode
-from dense_ssl.views import CropPlan, ViewSpec, draw_epoch, positions
+from dense_ssl.views import CropPlan, ViewSpec, positions
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-class FolderLoader:
-    """Batches from any source, cut by Pillow in `workers` processes, or inline where that is 0."""
+class FolderReader:
+    """Reads any source by Pillow in `workers` processes, or inline where that is 0."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        views: Sequence[ViewSpec],
-        order: Batches,
-        *,
-        workers: int,
-        max_replaced: float,
-    ) -> None:
-        check_recipe(views, order.micro_batch)
-        self.steps_per_epoch = order.steps_per_epoch
-        self._source, self._views, self._order = source, tuple(views), order
-        self._workers = workers
-        self._replacements = Replacements(len(source.sizes), max_replaced)
-        self._live: Generator[MultiCropBatch] | None = None
-
-    @property
-    def replaced(self) -> dict[int, str]:
-        """Records that could not be shown, with the reason."""
-        return self._replacements.reasons
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[MultiCropBatch]:
-        """Yield the micro-batches of one epoch from `start_step` on; ends the epoch before it."""
-        self.close()
-        self._live = self._batches(epoch, start_step)
-        return self._live
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._show = _Show(reading.source, reading.views, whole=reading.cut == "device")
 
     def close(self) -> None:
-        """End the running epoch and its worker processes."""
-        if self._live is not None:
-            self._live.close()
-            self._live = None
+        """Do nothing: worker processes end with their epoch."""
 
-    def _batches(self, epoch: int, start_step: int) -> Generator[MultiCropBatch]:
-        plan = draw_epoch(self._views, self._source.sizes, self._order.seed, epoch)
-        order = self._order.batches(epoch, start_step)
-        cutter = _Cutter(self._source, self._views)
+    def read(
+        self, plan: CropPlan, order: Sequence[np.ndarray]
+    ) -> Generator[tuple[np.ndarray, Pixels]]:
+        """Yield the records shown, int64 [B], and their pixels, batch by batch."""
+        show, replacements = self._show, self._reading.replacements
+        workers = self._reading.workers
         tasks = [[_Record.of(plan, index) for index in batch.tolist()] for batch in order]
         loader = DataLoader(
-            cutter,
+            show,
             batch_sampler=tasks,
-            num_workers=self._workers,
+            num_workers=workers,
             collate_fn=_collate,
-            multiprocessing_context=_worker_context() if self._workers else None,
+            multiprocessing_context=_worker_context() if workers else None,
             worker_init_fn=partial(_end_with, os.getpid()),
         )
-        for wanted, crops in zip(order, loader, strict=True):
+        for wanted, images in zip(order, loader, strict=True):
             index = wanted.copy()
-            for row, crop in enumerate(crops):
-                if isinstance(crop, str):
-                    self._replacements.note(int(index[row]), crop)
-                    shown, crops[row] = self._replacements.show(
-                        int(index[row]), lambda i: cutter.cut(_Record.of(plan, i))
+            for row, image in enumerate(images):
+                if isinstance(image, str):
+                    replacements.note(int(index[row]), image)
+                    shown, images[row] = replacements.show(
+                        int(index[row]), lambda i: show.show(_Record.of(plan, i))
                     )
                     index[row] = shown
-            yield assemble(
-                self._views,
-                _stack(self._views, crops),
-                CropPlan(plan.boxes[index], plan.flipped[index]),
-                self._source.sizes[index],
-                index,
-                self._source.labels[index],
-            )
+            if self._reading.cut == "host":
+                yield index, _stack(self._reading.views, images)
+            else:
+                yield index, self._gather(index, images)
+
+    def _gather(self, index: np.ndarray, images: list[list[Tensor]]) -> Decoded:
+        """Return the decoded images in one piece of memory."""
+        reading = self._reading
+        sizes = reading.source.sizes[index]
+        decoded = Decoded(reading.views, sizes, torch.device("cpu"), pinned=reading.pinned)
+        for row, (image,) in enumerate(images):
+            decoded.image(row).numpy()[...] = image.numpy()  # numpy: as in `_stack`
+        return decoded
 
 
 class _Record(NamedTuple):
@@ -106,23 +86,24 @@ class _Record(NamedTuple):
         return cls(index, plan.boxes[index], plan.flipped[index])
 
 
-class _Cutter(Dataset):
-    """From a record to its crops, in a worker process or not."""
+class _Show(Dataset):
+    """From a record to its crops, or to the whole image, in a worker process or not."""
 
-    def __init__(self, source: ImageSource, views: Sequence[ViewSpec]) -> None:
+    def __init__(self, source: ImageSource, views: Sequence[ViewSpec], *, whole: bool) -> None:
         self._source = source
         self._views = cut_views(views)
         self._where = positions(views)
+        self._whole = whole
 
     def __getitem__(self, record: _Record) -> list[Tensor] | str:
-        """Return the crops, or why the record cannot be shown: the main process replaces it."""
+        """Return the images, or why the record cannot be shown: the main process replaces it."""
         try:
-            return self.cut(record)
+            return self.show(record)
         except (OSError, ValueError) as error:
             return " ".join(str(error).split())
 
-    def cut(self, record: _Record) -> list[Tensor]:
-        """Return uint8 [V, 3, S, S] for every view.
+    def show(self, record: _Record) -> list[Tensor]:
+        """Return uint8 [V, 3, S, S] for every view, or the whole image, uint8 [H, W, 3].
 
         Raises:
             OSError, ValueError: the record cannot be shown.
@@ -131,6 +112,8 @@ class _Cutter(Dataset):
         height, width = self._source.sizes[record.number]
         if image.size != (width, height):
             raise ValueError(f"{image.width} x {image.height} px instead of {width} x {height}")
+        if self._whole:
+            return [torch.from_numpy(np.array(image))]
         crops = []
         for view in self._views:
             where = self._where[view.name]
@@ -159,8 +142,8 @@ def _stack(views: Sequence[ViewSpec], crops: list[list[Tensor]]) -> dict[str, Te
     }
 
 
-def _collate(crops: list[list[Tensor] | str]) -> list[list[Tensor] | str]:
-    return crops
+def _collate(images: list[list[Tensor] | str]) -> list[list[Tensor] | str]:
+    return images
 
 
 def _end_with(trainer: int, _: int) -> None:

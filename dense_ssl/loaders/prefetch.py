@@ -1,4 +1,4 @@
-"""The next batch is made ready, and copied to the GPU, while the step on this one runs."""
+"""The next batch is made ready while the step on this one runs: sent to the GPU, and cut there."""
 
 import queue
 import threading
@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from dense_ssl.crops import Crops, MultiCropBatch
+from dense_ssl.loaders.decoded import SourceBatch
+from dense_ssl.loaders.loader import Batch
 
 
 class Prefetcher:
     """Iterates over batches whose images are on `device`; a thread is one batch ahead of the user.
 
     On a CUDA device the thread copies from pinned memory on a stream of its own, so the copy overlaps
-    with the step and the host never waits for it. On the CPU it only runs ahead. `index` stays on the
-    host on every device: it keys random draws, which are made there.
+    with the step and the host never waits for it. On the CPU it only runs ahead. Images that come whole
+    are cut on the device, on the same stream. `index` stays on the host on every device: it keys random
+    draws, which are made there.
 
     Use it as a context manager, or call `close`: that ends the thread and closes `batches`. An
     exception in the thread is raised in the user's `next`, with its own traceback.
@@ -30,7 +33,7 @@ class Prefetcher:
         device: where the images are wanted.
     """
 
-    def __init__(self, batches: Iterator[MultiCropBatch], device: torch.device) -> None:
+    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
         self.wait_s = 0.0  # seconds the user has waited for data so far
         self._batches = batches
         self._device = device
@@ -113,8 +116,10 @@ class _Ready:
         return self.batch
 
 
-def _send(batch: MultiCropBatch, device: torch.device, stream: torch.cuda.Stream | None) -> _Ready:
-    """Return the batch on its way to `device` on the current stream."""
+def _send(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> _Ready:
+    """Return the batch on its way to `device` on the current stream, its crops to be cut there."""
+    if isinstance(batch, SourceBatch):
+        batch = batch.to(device).cut()
     if stream is None:
         return _Ready(batch, None)
 
