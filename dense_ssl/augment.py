@@ -231,7 +231,10 @@ def _program(policies: Sequence[Policy], keys: np.ndarray) -> list[np.ndarray]:
 
     They are for the crops of a view in one row, given its policies [V] and the keys [V, B].
     """
-    every = [[*chain(*chain(*map(_branches, policy.ops)))] for policy in policies]
+    every = [
+        [op for choice in policy.ops for branch in _branches(choice) for op in branch]
+        for policy in policies
+    ]
     width = max(sum(_STEPS.get(type(op), 0) for op in operations) for operations in every)
     kinds = np.full((keys.size, width), NOTHING, np.int32)
     factors = np.zeros((keys.size, width), np.float32)
@@ -261,7 +264,7 @@ def _program(policies: Sequence[Policy], keys: np.ndarray) -> list[np.ndarray]:
         return [kinds, factors, threshold]
     blur = np.full(keys.size, -1, np.int32)
     blur[blurred] = np.arange(len(blurred))
-    widest = max(op.sigma[1] for op in chain(*every) if isinstance(op, GaussianBlur))
+    widest = max(op.sigma[1] for op in chain.from_iterable(every) if isinstance(op, GaussianBlur))
     kernels = ops.blur_kernels(sigma[blurred], ops.blur_radius(widest))
     return [kinds, factors, threshold, blur, kernels]
 

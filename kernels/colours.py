@@ -26,10 +26,9 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def step_of_each(x: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
-    """Return x [N, 3, H, W] after one step of each image."""
+    """Return x [N, 3, H, W] after one step of each image, kind int [N] and factor [N]."""
     kind, factor = per_image(kind), per_image(factor)
-    luma = sum(weight * x[:, i : i + 1] for i, weight in enumerate(LUMA))
-    assert isinstance(luma, Tensor)
+    luma = _luma(x)
     of_mean = torch.where(kind == CONTRAST, 1 - factor, 0) * luma.mean((2, 3), keepdim=True)
     of_luma = torch.where(kind == SATURATION, 1 - factor, 0) * luma
     mixed = (factor * x + (of_luma + of_mean)).clamp(0, 1)
@@ -37,7 +36,25 @@ def step_of_each(x: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
     return torch.where(kind == HUE, _turned(x, factor), torch.where(known, mixed, x))
 
 
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
+def step_of_all(x: Tensor, kind: int, factor: float) -> Tensor:
+    """Return x [N, 3, H, W] after the same step of all images, perhaps in its own memory."""
+    if kind == HUE:
+        return _turned(x, factor)
+    if kind == CONTRAST:
+        mean = _luma(x).mean((2, 3), keepdim=True)
+        return x.mul_(factor).add_(mean, alpha=1 - factor).clamp_(0, 1)
+    if kind == SATURATION:
+        luma = _luma(x)
+        return x.mul_(factor).add_(luma, alpha=1 - factor).clamp_(0, 1)
+    return x.mul_(factor).clamp_(0, 1) if kind == BRIGHTNESS else x
+
+
+def _luma(x: Tensor) -> Tensor:
+    red, green, blue = x.split(1, 1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+def _turned(x: Tensor, turn: Tensor | float) -> Tensor:
     red, green, blue = x.split(1, 1)
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low

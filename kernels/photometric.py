@@ -1,27 +1,19 @@
 """Colours of a batch of uint8 images: each image's own steps in its own order, solarised, normalised.
 
-images uint8 [N, 3, H, W] become x = images / 255, and image n goes through its steps s = 0 .. S - 1,
-each a kind and a factor f:
+images uint8 [N, 3, H, W] become x = images / 255, and image n goes through its steps s = 0 .. S - 1, each
+a kind and a factor of `colours`: brightness, saturation, hue, nothing, and the contrast at most once. The
+four of a ColorJitter come in a random order; grey is a saturation of 0.
 
-    BRIGHTNESS   clamp(f x)                            clamp is to [0, 1]
-    CONTRAST     clamp(f x + (1 - f) mean of luma(x))  at most once an image
-    SATURATION   clamp(f x + (1 - f) luma(x))          f = 0 is grey
-    HUE          x turned by f of a circle of the HSV cone
-    any other    x
-
-then, where asked, through a blur with its own kernel (`gaussian_blur`), values from its threshold up are
-inverted, and `(x - mean) / std` is rounded to the asked dtype. Nothing is random here.
-
-The definitions are torchvision's functional operations on float images, with Pillow's and kornia's luma
-0.299 R + 0.587 G + 0.114 B (torchvision has 0.2989 R). The steps of a ColorJitter are four of them in a
-random order.
+Then, where asked, through a blur with its own kernel (`gaussian_blur`), values from its threshold up are
+inverted, and (x - mean) / std is rounded to the asked dtype. Nothing is random here.
 
 Two launches: one leaves the luma of blocks of pixels just before the contrast, the other adds them in
 their order and does everything. Images that are blurred leave the second one in [0, 1], and the two
-passes of the blur finish them. Moved without a blur: the bytes of the images twice, the result once.
-All arithmetic is float32. Bitwise repeatable.
+passes of the blur finish them, in the memory of the result. Moved without a blur: the bytes of the images
+twice, the result once. All arithmetic is float32. Bitwise repeatable.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +21,15 @@ import torch
 from torch import Tensor
 
 from kernels import gaussian_blur, launch
-from kernels.colours import NOTHING, SATURATION, luma_of, per_image, step_of_each, stepped
+from kernels.colours import (
+    NOTHING,
+    SATURATION,
+    luma_of,
+    per_image,
+    step_of_all,
+    step_of_each,
+    stepped,
+)
 from kernels.gaussian_blur import finish_blurred, finished, kept, random_kernels
 from kernels.language import ceil_div, jit, power_of_two, rounded, tl
 from kernels.spec import KernelSpec
@@ -66,7 +66,8 @@ def photometric(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    _check(images, kinds, factors, threshold, blur, kernels, mean, std, dtype)
+    tensors = {"images": images, "kinds": kinds, "factors": factors, "threshold": threshold}
+    _check(mean, std, dtype, **tensors, blur=blur, kernels=kernels)
     with torch.no_grad(), launch.no_autocast(images):
         return _adjust(
             images, kinds, factors, threshold, blur, kernels, list(mean), list(std), dtype
@@ -97,14 +98,7 @@ def reference(
     return torch.addcmul(shift, x, scale).to(dtype)
 
 
-def _normal(
-    mean: Sequence[float], std: Sequence[float]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return scale and shift per channel: (x - mean) / std is x scale + shift."""
-    return tuple(1 / s for s in std), tuple(-m / s for m, s in zip(mean, std))
-
-
-def _check(
+def image_by_image(
     images: Tensor,
     kinds: Tensor,
     factors: Tensor,
@@ -114,20 +108,49 @@ def _check(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
+) -> Tensor:
+    """Return the same by the steps each image has, while it is in a CPU's cache."""
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.empty(images.shape, dtype=dtype, device=images.device)
+    scale, shift = (torch.tensor(v, dtype=precise).view(3, 1, 1) for v in _normal(mean, std))
+    rows = [-1] * len(images) if blur is None else blur.tolist()
+    programs = zip(kinds.tolist(), factors.tolist(), threshold.tolist(), rows)
+    for number, (own_kinds, own_factors, above, row) in enumerate(programs):
+        x = images[number : number + 1].to(precise).mul_(1 / 255)
+        for kind, factor in zip(own_kinds, own_factors):
+            x = step_of_all(x, kind, factor)
+        if row >= 0 and kernels is not None:
+            x = gaussian_blur.reference(x, kernels[row : row + 1].to(precise))
+        if above < math.inf:
+            x = torch.where(x < above, x, 1 - x)
+        out[number] = torch.addcmul(shift, x[0], scale)
+    return out
+
+
+def _normal(
+    mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return scale and shift per channel: (x - mean) / std is x scale + shift."""
+    return tuple(1 / s for s in std), tuple(-m / s for m, s in zip(mean, std))
+
+
+def _check(
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, **tensors: Tensor | None
 ) -> None:
     def wrong(expected: str, got: object) -> ValueError:
         return ValueError(f"photometric: {expected} expected, got {got}")
 
+    kernels, blur = tensors.pop("kernels"), tensors["blur"]
+    given = {name: x for name, x in tensors.items() if x is not None}
+    images, kinds = given["images"], given["kinds"]
     n = len(images) if images.ndim else -1
-    blurs = {} if blur is None else {"blur": blur}
-    given = {"images": images, "kinds": kinds, "factors": factors, "threshold": threshold, **blurs}
     good = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] * images.shape[3] > 0
-    good = good and kinds.ndim == 2 and kinds.shape == factors.shape and len(kinds) == n
-    good = good and threshold.shape == (n,) and (blur is None or blur.shape == (n,))
+    good = good and kinds.ndim == 2 and kinds.shape == given["factors"].shape and len(kinds) == n
+    good = good and all(given[k].shape == (n,) for k in ("threshold", "blur") if k in given)
     if not good:
         shapes = "images [N, 3, H, W] of a pixel or more, kinds and factors [N, S], threshold [N]"
         got = ", ".join(str(tuple(x.shape)) for x in given.values())
-        raise wrong(f"{shapes}{', blur [N]' if blurs else ''}", got)
+        raise wrong(f"{shapes}{'' if blur is None else ', blur [N]'}", got)
     if (blur is None) != (kernels is None):
         raise wrong("blur and kernels together", "one of them")
     if kernels is not None:
@@ -166,7 +189,8 @@ def _adjust(
     if len(images) and launch.on_triton(images):
         scale, shift = _normal(mean, std)
         return _launch(images, kinds, factors, threshold, blur, kernels, scale, shift, dtype)
-    return reference(images, kinds, factors, threshold, blur, kernels, mean, std, dtype)
+    plain = image_by_image if images.device.type == "cpu" else reference  # values are at hand there
+    return plain(images, kinds, factors, threshold, blur, kernels, mean, std, dtype)
 
 
 # Triton
