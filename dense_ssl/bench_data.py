@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from dense_ssl.benches.task import MAX_FILES, RECIPES, Task
 from dense_ssl.config import UserError
@@ -43,12 +43,14 @@ class Arm:
     module: str
     filter: str
     loader: str = ""
+    cut: Literal["host", "device"] = "host"
     peer: bool = False
 
 
 ARMS = (
     Arm("ours, ffcv", "ours", "bilinear", "ffcv"),
     Arm("ours, ffcv", "ours", "bicubic", "ffcv"),
+    Arm("ours, ffcv, decode only", "ours", "-", "ffcv", cut="device"),
     Arm("ours, dali", "ours", "bilinear", "dali"),
     Arm("ours, dali", "ours", "bicubic", "dali"),
     Arm("ours, folder", "ours", "bilinear", "folder"),
@@ -88,7 +90,8 @@ def table(recipe: str, results: Iterable[dict[str, Any]]) -> str:
     """Return the medians of one recipe as text, cheapest arm first.
 
     The last column is the processor time of the best peer with the same filter, over the row's own.
-    FFCV's area filter, the only one it has, counts as a peer of both others.
+    FFCV's area filter, the only one it has, counts as a peer of both others. Rows whose filter is
+    "-" only decode: our loader for the device cutter, and the least that any loader takes.
     """
     by_arm: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
@@ -190,6 +193,7 @@ def _measure(
                 batch=args.batch,
                 workers=args.workers,
                 device=args.device if "dali" in (arm.loader, arm.module[6:]) else "cpu",
+                cut=arm.cut,
             )
             told = {"title": arm.title, "peer": arm.peer, "round": number, **asdict(task)}
             results.append({**told, **_run(task)})

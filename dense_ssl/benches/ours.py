@@ -1,4 +1,4 @@
-"""Our loaders, as the trainer uses them."""
+"""Our loaders, as the trainer uses them; where the device cuts, up to the images sent there."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def batches(task: Task) -> Iterator[int]:
         1
     )  # as for the peers: waiting threads of OpenMP spin, and would be counted
     config = DataConfig.model_validate(
-        {"path": task.data, "loader": task.loader, "workers": task.workers}
+        {"path": task.data, "loader": task.loader, "workers": task.workers, "cut": task.cut}
     )
     source = open_source(config)
     rows = _Rows(len(source.sizes), task.order(len(source.sizes)))

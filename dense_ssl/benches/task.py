@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -32,11 +33,12 @@ class Task:
         data: a shard set or a folder of images.
         files: the same images as JPEG files in a class folder.
         recipe: key of RECIPES.
-        filter: "bilinear", "bicubic" or "area".
+        filter: "bilinear", "bicubic", "area", or "-" where nothing is resized.
         images: how many to measure, warm-up not counted.
         batch: images per batch.
         workers: threads or processes, whatever the arm has.
         device: where DALI decodes.
+        cut: who cuts for our loaders. What "device" would do is left out of the measurement.
     """
 
     arm: str
@@ -49,6 +51,7 @@ class Task:
     batch: int
     workers: int
     device: str
+    cut: Literal["host", "device"] = "host"
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:
