@@ -475,7 +475,7 @@ def coloured(views, images, monkeypatch, fused, dtype=torch.float32):
     }
     assert all(view.size == size for view in views)
     batch = MultiCropBatch(crops, torch.arange(count) + 7, torch.zeros(count))
-    photometry = augment.Photometry(views, 3, dtype).to(device)
+    photometry = augment.Photometry(views, 40, dtype).to(device)  # draws all there is in 10 crops
     return {name: x.images.cpu() for name, x in photometry(batch, 1).views.items()}
 
 
@@ -491,9 +491,17 @@ def test_every_policy_gives_what_it_gives_step_by_step(name, monkeypatch):
     torch.testing.assert_close(
         fused, coloured(views, images, monkeypatch, False)["v"], atol=1e-5, rtol=0
     )
-    rounded = coloured(views, images, monkeypatch, True, torch.bfloat16)["v"]
-    assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), fused, atol=1e-4, rtol=2**-8)
+
+
+def test_bf16_is_the_rounded_float32(monkeypatch):
+    """What waits for the blur does so in 65535ths, not in bf16."""
+    views = [ViewSpec(name="v", count=1, size=14, photometric="dino_local")]
+    images = torch.randint(256, (6, 3, 14, 14), dtype=torch.uint8)
+    want = coloured(views, images, monkeypatch, True)["v"]
+    for dtype, last_bit in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+        got = coloured(views, images, monkeypatch, True, dtype)["v"]
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), want, atol=1e-4, rtol=last_bit)
 
 
 def test_policies_of_one_view_keep_to_their_crops(monkeypatch):
