@@ -57,3 +57,5 @@ lint: setup ## style, types, import rules, spelling
 
 test: lint ## lint, types, import rules, all tests
 	@$(PY) -m pytest -q $(ARGS)
+	@echo "the kernels once more, in Triton's interpreter:"
+	@TRITON_INTERPRET=1 DENSE_SSL_KERNELS=triton OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_kernel*.py $(ARGS)

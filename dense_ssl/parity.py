@@ -26,6 +26,7 @@ from dense_ssl.methods.densecl import lambda_at
 from dense_ssl.methods.method import ema_
 from dense_ssl.methods.parts import mlp_head, unit
 from dense_ssl.schedule import cosine_lr
+from kernels.dense_match import dense_match as dense_match_kernel
 
 __all__ = [
     "average_precision",
@@ -69,7 +70,7 @@ def global_info_nce(g_q: Tensor, g_k: Tensor, queue: Tensor, T: float) -> Tensor
 
 def dense_match(x_q: Tensor, x_k: Tensor) -> Tensor:
     """Return int64 [B, P]: for every query cell of x_q [B, C, P] the most similar cell of x_k."""
-    return densecl.dense_match(x_q.transpose(1, 2), x_k.transpose(1, 2))
+    return dense_match_kernel(x_q.transpose(1, 2), x_k.transpose(1, 2))[0]
 
 
 def dense_info_nce(d_q: Tensor, d_k: Tensor, match: Tensor, queue2: Tensor, T: float) -> Tensor:

@@ -39,6 +39,7 @@ from dense_ssl.pretrained import start_from
 from dense_ssl.rng import key_of
 from dense_ssl.rundir import check_same_run, claimed, data_fingerprint
 from dense_ssl.signals import StopRequest
+from kernels import launch
 
 DONE, WRONG_INPUT, STOPPED = 0, 2, 75  # 75: EX_TEMPFAIL, "try again", which schedulers requeue on
 _STEP_NOISE = 0x57  # stream of torch's own generator (drop path, dropout)
@@ -61,6 +62,7 @@ class RunSection(Config):
 
     dir: str
     device: str = "auto"
+    kernels: launch.Choice = "auto"  # Triton on CUDA, torch elsewhere; or one of them everywhere
     compile: bool = False  # torch.compile the backbone
     checkpoint_gradients: bool = False  # recompute activations: less memory, more time
     grad_compression: Literal["none", "bf16"] = (
@@ -127,6 +129,7 @@ def recipe_path(name: str) -> Path:
 def train(config: RunConfig) -> int:
     """Run the recipe on this rank until it is done or told to stop; return the exit code."""
     # --- ranks ---------------------------------------------------------------------------------
+    launch.choose(config.run.kernels)
     world = init_world(config.run.device)
     try:
         with StopRequest() as stop, claimed(Path(config.run.dir), world.rank):

@@ -3,7 +3,9 @@
 from kernels import (
     dense_match,
     multicrop_cross_entropy,
+    prototype_cross_entropy,
     queue_info_nce,
+    relation_cross_entropy,
     sinkhorn_bias,
     soft_cross_entropy,
 )
@@ -13,7 +15,9 @@ _MODULES = (
     queue_info_nce,
     dense_match,
     soft_cross_entropy,
+    prototype_cross_entropy,
     multicrop_cross_entropy,
     sinkhorn_bias,
+    relation_cross_entropy,
 )
 ALL: dict[str, KernelSpec] = {module.SPEC.name: module.SPEC for module in _MODULES}

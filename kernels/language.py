@@ -24,7 +24,6 @@ except ModuleNotFoundError as error:
 PRESENT = triton is not None
 INTERPRETED = PRESENT and os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = 1.4426950408889634  # exponentials are taken in base 2: exp(x) = exp2(x log2(e))
-LN_2 = 0.6931471805599453
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

@@ -41,9 +41,9 @@ _told = False
 
 
 def choose(choice: Choice) -> None:
-    """Run the kernels there from now on, in this process."""
+    """Run the kernels there from now on, in this process; "auto": where the environment says."""
     global _choice
-    _choice = choice
+    _choice = _from_environment() if choice == "auto" else choice
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from dense_ssl.methods.moco import (
 from dense_ssl.methods.parts import KeyQueue, mlp_head, unit
 from dense_ssl.schedule import Number, Schedule
 from dense_ssl.views import ViewSpec
+from kernels.dense_match import dense_match
 
 
 class DenseCLConfig(MethodConfig):
@@ -47,27 +48,15 @@ class DenseCLConfig(MethodConfig):
     dense_start_step: Annotated[int, Field(ge=0)] = 0  # lambda is 0 before this step
 
 
-def dense_match(x_q: Tensor, x_k: Tensor) -> Tensor:
-    """Return, for each query cell, the most similar key cell of the same image: int64 [B, N].
-
-    x_q, x_k [B, N, C] are backbone cells, normalised here; ties go to the lowest index. No gradient.
-    """
-    with torch.no_grad(), torch.autocast(x_q.device.type, enabled=False):
-        similarity = torch.bmm(unit(x_q), unit(x_k).transpose(1, 2))  # [B, N query, N key]
-        return similarity.argmax(dim=2)
-
-
-def take_cells(cells: Tensor, match: Tensor) -> Tensor:
-    """Return cells [B, N, D] picked by match [B, N]."""
-    return cells.gather(1, match[:, :, None].expand(-1, -1, cells.shape[2]))
-
-
 def dense_info_nce(d_q: Tensor, d_k: Tensor, match: Tensor, queue: Tensor, T: float) -> Tensor:
     """Mean over all B * N query cells of InfoNCE against the matched key cell and the queue (eq. 1).
 
-    d_q, d_k [B, N, D] and queue [K, D] are unit vectors. Gradients flow to d_q only.
+    d_q, d_k [B, N, D] and queue [K, D] are unit vectors, match [B, N] is the key cell of each query
+    cell. Gradients flow to d_q only.
     """
-    return info_nce(d_q.flatten(0, 1), take_cells(d_k, match).flatten(0, 1), queue, T)
+    images, cells = d_k.shape[:2]
+    first = torch.arange(images, device=match.device)[:, None] * cells  # of each image, flattened
+    return info_nce(d_q.flatten(0, 1), d_k.flatten(0, 1), queue, T, (match + first).flatten())
 
 
 def lambda_at(iter: int, lam: float, start: int) -> float:
@@ -130,7 +119,7 @@ class DenseCL(Method):
             BatchShuffle(x_k, step.seed, step.index, step.micro, groups) as shuffle,
         ):
             k = Encoded(*shuffle.restore(*self._encode(self.teacher, shuffle.images)))
-        match = dense_match(q.x, k.x)  # [B, N]
+        match, _ = dense_match(q.x, k.x)  # [B, N], eq. 3
         global_loss = info_nce(q.g, k.g, self.queue.keys, cfg.temperature)
         dense_loss = dense_info_nce(q.d, k.d, match, self.dense_queue.keys, cfg.temperature)
         weight = lambda_at(step.index, cfg.dense_weight, cfg.dense_start_step)

@@ -53,12 +53,18 @@ class MoCoConfig(MethodConfig):
     momentum: Number = Schedule(start=0.999, shape="constant")
 
 
-def info_nce(q: Tensor, positive: Tensor, queue: Tensor, temperature: float) -> Tensor:
+def info_nce(
+    q: Tensor, positive: Tensor, queue: Tensor, temperature: float, index: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of picking the positive among it and the queue (arXiv:1911.05722, eq. 1).
 
-    q and positive [N, D] and queue [K, D] are unit vectors. Gradients flow to q only.
+    q [N, D], positive [N, D] (or [M, D] with the row of each query's in index [N]) and queue [K, D] are
+    unit vectors. Gradients flow to q only. Autocast on CUDA rounds the vectors, never their products.
     """
-    return queue_info_nce(q, positive, queue, temperature).mean()
+    if q.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        q, positive, queue = q.to(dtype), positive.to(dtype), queue.to(dtype)
+    return queue_info_nce(q, positive, queue, temperature, index).mean()
 
 
 def encoder_pair(build: Callable[[], nn.ModuleDict]) -> tuple[nn.ModuleDict, nn.ModuleDict]:

@@ -1,0 +1,419 @@
+"""Spatial self-relation of a student against its teacher's (SERE, arXiv:2206.05184, eq. 2-5).
+
+Within each head of each image, every query position has a distribution over the key positions:
+
+    r = softmax_j(scale zq_i . zk_j)        loss_i = -sum_j r^teacher_ij log r^student_ij
+
+zq [B, H, P, D] queries, zk [B, H, R, D] keys, of teacher and of student. Where the published code samples
+relation matrices bilinearly on both axes to bring two crops to one grid, the features are sampled instead,
+before the call: S1 (Z Z^T) S2^T = (S1 Z)(S2 Z)^T. Gradients go to the student's queries and keys:
+
+    dloss_i / dzq_i = scale (sum_j r^s_ij zk_j - sum_j r^t_ij zk_j)      (from the forward pass, as attention)
+    dloss / dzk_j = scale sum_i g_i (r^s_ij - r^t_ij) zq_i
+
+Moved: the four feature tensors, once forward and once backward, and their gradients; no [P, R] matrix.
+Numbers: float32 sums, probabilities rounded to the inputs' dtype for products; no atomics.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels import launch
+from kernels.language import LOG2_E, ceil_div, dot, jit, power_of_two, rounded, tl
+from kernels.spec import KernelSpec
+
+LARGEST_D = 256  # of Triton's tiles
+
+
+def relation_cross_entropy(
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    student_queries: Tensor,
+    student_keys: Tensor,
+    teacher_scale: float,
+    student_scale: float,
+) -> Tensor:
+    """Return the loss of every query position, float32 [B, H, P].
+
+    Queries are [B, H, P, D], keys [B, H, R, D]; teacher and student may have different D. Gradients
+    flow to the student's two tensors only.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    given = (teacher_queries, teacher_keys, student_queries, student_keys)
+    fits = all(x.ndim == 4 for x in given)
+    fits = fits and all(x.shape[:2] == student_queries.shape[:2] for x in given)
+    fits = fits and teacher_queries.shape[2] == student_queries.shape[2]
+    fits = fits and teacher_keys.shape[2] == student_keys.shape[2] > 0
+    fits = fits and teacher_queries.shape[3] == teacher_keys.shape[3] > 0
+    fits = fits and student_queries.shape[3] == student_keys.shape[3] > 0
+    wanted = "queries [B, H, P, D] and keys [B, H, R, D] of teacher and of student"
+    launch.check("relation_cross_entropy", wanted, fits, *given)
+    widest = max(teacher_queries.shape[3], student_queries.shape[3])
+    if launch.on_triton(student_queries) and widest > LARGEST_D:
+        raise ValueError(
+            f"relation_cross_entropy: D <= {LARGEST_D} expected, got {widest} "
+            "(run.kernels=torch takes any)"
+        )
+    with launch.no_autocast(student_queries):
+        loss, _, _ = _forward(
+            teacher_queries.detach(),
+            teacher_keys.detach(),
+            student_queries,
+            student_keys,
+            teacher_scale,
+            student_scale,
+        )
+    return loss
+
+
+def reference(
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    student_queries: Tensor,
+    student_keys: Tensor,
+    teacher_scale: float,
+    student_scale: float,
+) -> Tensor:
+    """Return loss [B, H, P] with both relation matrices in memory."""
+    teacher = teacher_queries @ teacher_keys.transpose(2, 3) * teacher_scale
+    student = student_queries @ student_keys.transpose(2, 3) * student_scale
+    return -(teacher.softmax(3) * student.log_softmax(3)).sum(3)
+
+
+def eager(
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    student_queries: Tensor,
+    student_keys: Tensor,
+    teacher_scale: float,
+    student_scale: float,
+) -> Tensor:
+    """Return loss [B, H, P] in float32, as autocast runs the published softmaxes."""
+    wide = torch.promote_types(student_queries.dtype, torch.float32)
+    teacher = torch.matmul(teacher_queries, teacher_keys.transpose(-2, -1)).to(wide) * teacher_scale
+    student = torch.matmul(student_queries, student_keys.transpose(-2, -1)).to(wide) * student_scale
+    target = F.softmax(teacher, dim=-1).detach()
+    return torch.sum(-target * F.log_softmax(student, dim=-1), dim=-1)
+
+
+# The operators: loss [B, H, P], statistics [4, B, H, P] (largest logit and log of the sum relative to it, of
+# teacher and student) and the unweighted gradient to the student's queries; then the gradient to its keys
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake(tq: Tensor, tk: Tensor, sq: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = sq.shape[:3]
+    return (
+        sq.new_empty(shape, dtype=_precise(sq)),
+        sq.new_empty((4, *shape), dtype=_precise(sq)),
+        sq.new_empty(sq.shape),
+    )
+
+
+@launch.operator("relation_cross_entropy", _fake)
+def _forward(
+    tq: Tensor, tk: Tensor, sq: Tensor, sk: Tensor, teacher_scale: float, student_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if sq.numel() and launch.on_triton(sq):
+        return _launch_forward(tq, tk, sq, sk, teacher_scale, student_scale)
+    t, t_top, t_log = _log_softmax(tq, tk, teacher_scale)
+    s, s_top, s_log = _log_softmax(sq, sk, student_scale)
+    target = t.exp_()
+    loss = -(target * s).sum(3)
+    gradient = (s.exp_().sub_(target) @ sk.to(s.dtype)).mul_(student_scale)
+    return loss, torch.stack([t_top, t_log, s_top, s_log]), gradient.to(sq.dtype)
+
+
+def _fake_keys(tq: Tensor, tk: Tensor, sq: Tensor, sk: Tensor, *_: Any) -> Tensor:
+    return sk.new_empty(sk.shape)
+
+
+@launch.operator("relation_cross_entropy_keys", _fake_keys)
+def _to_keys(
+    tq: Tensor,
+    tk: Tensor,
+    sq: Tensor,
+    sk: Tensor,
+    statistics: Tensor,
+    grad: Tensor,
+    teacher_scale: float,
+    student_scale: float,
+) -> Tensor:
+    """Return the gradient to the student's keys [B, H, R, D]."""
+    if sq.numel() and launch.on_triton(sq):
+        return _launch_keys(tq, tk, sq, sk, statistics, grad, teacher_scale, student_scale)
+    t, _, _ = _log_softmax(tq, tk, teacher_scale)
+    s, _, _ = _log_softmax(sq, sk, student_scale)
+    difference = s.exp_().sub_(t.exp_()).mul_(grad[..., None])
+    return (difference.transpose(2, 3) @ sq.to(s.dtype)).mul_(student_scale).to(sk.dtype)
+
+
+def _log_softmax(queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log relations [B, H, P, R], and their largest logits and logs of sums [B, H, P]."""
+    precise = _precise(queries)
+    logits = (queries.to(precise) @ keys.to(precise).transpose(2, 3)).mul_(scale)
+    top = logits.amax(3)
+    logits.sub_(top[..., None])
+    log = logits.logsumexp(3)
+    return logits.sub_(log[..., None]), top, log
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, teacher_scale, student_scale = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.scales = teacher_scale, student_scale
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, statistics, gradient = ctx.saved_tensors
+    queries = keys = None
+    if ctx.needs_input_grad[2]:
+        queries = (grad[..., None] * gradient).to(gradient.dtype)
+    if ctx.needs_input_grad[3]:
+        keys = _to_keys(*tensors, statistics, grad, *ctx.scales)
+    return None, None, queries, keys, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+# Triton
+
+
+def _tiles(d: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return rows and columns of a tile of relations for features of padded width d."""
+    if dtype == torch.float32:
+        return (32, 16) if d <= 64 else (16, 16)
+    return (64, 32) if d <= 64 else (32, 32)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _launch_forward(
+    tq: Tensor, tk: Tensor, sq: Tensor, sk: Tensor, teacher_scale: float, student_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    tq, tk, sq, sk = (_aligned(x) for x in (tq, tk, sq, sk))
+    b, h, p, d = sq.shape
+    wide = power_of_two(max(d, tq.shape[3]), 16)
+    block_p, block_r = _tiles(wide, sq.dtype)
+    loss = launch.empty(b, h, p, dtype=torch.float32, like=sq)
+    statistics = launch.empty(4, b, h, p, dtype=torch.float32, like=sq)
+    gradient = launch.empty(b, h, p, d, dtype=sq.dtype, like=sq)
+    with launch.on_device_of(sq):
+        _relate[b * h, ceil_div(p, block_p)](
+            *(tq, tk, sq, sk, loss, statistics, gradient),
+            *(b * h, h, p, sk.shape[2], tq.shape[3], d),
+            *(tq.stride(0), tq.stride(1), tq.stride(2), tk.stride(0), tk.stride(1), tk.stride(2)),
+            *(sq.stride(0), sq.stride(1), sq.stride(2), sk.stride(0), sk.stride(1), sk.stride(2)),
+            *(teacher_scale * LOG2_E, student_scale * LOG2_E, student_scale),
+            BLOCK_P=block_p,
+            BLOCK_R=block_r,
+            TEACHER_D=power_of_two(tq.shape[3], 16),
+            STUDENT_D=power_of_two(d, 16),
+            PRECISION=launch.float32_precision(),
+            num_warps=4,
+            num_stages=2,
+        )
+    return loss, statistics, gradient
+
+
+def _launch_keys(
+    tq: Tensor,
+    tk: Tensor,
+    sq: Tensor,
+    sk: Tensor,
+    statistics: Tensor,
+    grad: Tensor,
+    teacher_scale: float,
+    student_scale: float,
+) -> Tensor:
+    tq, tk, sq, sk = (_aligned(x) for x in (tq, tk, sq, sk))
+    b, h, p, d = sq.shape
+    r = sk.shape[2]
+    wide = power_of_two(max(d, tq.shape[3]), 16)
+    block_r, block_p = _tiles(wide, sq.dtype)
+    out = launch.empty(b, h, r, d, dtype=sk.dtype, like=sk)
+    with launch.on_device_of(sq):
+        _relate_back[b * h, ceil_div(r, block_r)](
+            *(tq, tk, sq, sk, statistics, grad.contiguous(), out),
+            *(b * h, h, p, r, tq.shape[3], d),
+            *(tq.stride(0), tq.stride(1), tq.stride(2), tk.stride(0), tk.stride(1), tk.stride(2)),
+            *(sq.stride(0), sq.stride(1), sq.stride(2), sk.stride(0), sk.stride(1), sk.stride(2)),
+            *(teacher_scale * LOG2_E, student_scale * LOG2_E, student_scale),
+            BLOCK_P=block_p,
+            BLOCK_R=block_r,
+            TEACHER_D=power_of_two(tq.shape[3], 16),
+            STUDENT_D=power_of_two(d, 16),
+            PRECISION=launch.float32_precision(),
+            num_warps=4,
+            num_stages=2,
+        )
+    return out
+
+
+@jit
+def _rows(X, first, count, image_stride, head_stride, row_stride, image, head, d,
+          BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Load BLOCK rows of one head's features [count, d], zeros where there are none."""
+    rows = first + tl.arange(0, BLOCK)
+    columns = tl.arange(0, WIDTH)
+    base = X + image * image_stride + head * head_stride
+    return tl.load(
+        base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :],
+        mask=(rows < count)[:, None] & (columns < d)[None, :],
+        other=0.0,
+    )
+
+
+@jit
+def _relate(
+    TQ, TK, SQ, SK, LOSS, STATISTICS, GRADIENT, pairs, heads, p, r, td, sd,
+    tq_b, tq_h, tq_p, tk_b, tk_h, tk_r, sq_b, sq_h, sq_p, sk_b, sk_h, sk_r,
+    t_scale, s_scale, scale,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, TEACHER_D: tl.constexpr, STUDENT_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Leave loss, statistics and the queries' gradient of BLOCK_P queries of one head."""
+    pair = tl.program_id(0).to(tl.int64)
+    image, head = pair // heads, pair % heads
+    first = tl.program_id(1) * BLOCK_P
+    tq = _rows(TQ, first, p, tq_b, tq_h, tq_p, image, head, td, BLOCK_P, TEACHER_D)
+    sq = _rows(SQ, first, p, sq_b, sq_h, sq_p, image, head, sd, BLOCK_P, STUDENT_D)
+    t_top = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    s_top = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    t_sum = tl.zeros([BLOCK_P], tl.float32)
+    s_sum = tl.zeros([BLOCK_P], tl.float32)
+    both = tl.zeros([BLOCK_P], tl.float32)  # sum of teacher shares times student logits
+    of_teacher = tl.zeros([BLOCK_P, STUDENT_D], tl.float32)  # student keys mixed by teacher
+    of_student = tl.zeros([BLOCK_P, STUDENT_D], tl.float32)  # and by student
+    for start in range(0, r, BLOCK_R):
+        there = (start + tl.arange(0, BLOCK_R) < r)[None, :]
+        tk = _rows(TK, start, r, tk_b, tk_h, tk_r, image, head, td, BLOCK_R, TEACHER_D)
+        sk = _rows(SK, start, r, sk_b, sk_h, sk_r, image, head, sd, BLOCK_R, STUDENT_D)
+        t = tl.where(there, dot(tq, tl.trans(tk), PRECISION) * t_scale, float("-inf"))
+        s = tl.where(there, dot(sq, tl.trans(sk), PRECISION) * s_scale, float("-inf"))
+        new_t, new_s = tl.maximum(t_top, tl.max(t, 1)), tl.maximum(s_top, tl.max(s, 1))
+        t_share, s_share = tl.exp2(t - new_t[:, None]), tl.exp2(s - new_s[:, None])
+        t_shrink, s_shrink = tl.exp2(t_top - new_t), tl.exp2(s_top - new_s)
+        t_sum = t_sum * t_shrink + tl.sum(t_share, 1)
+        s_sum = s_sum * s_shrink + tl.sum(s_share, 1)
+        both = both * t_shrink + tl.sum(t_share * tl.where(there, s, 0.0), 1)
+        dtype = SK.dtype.element_ty
+        of_teacher = of_teacher * t_shrink[:, None] + dot(rounded(t_share, dtype), sk, PRECISION)
+        of_student = of_student * s_shrink[:, None] + dot(rounded(s_share, dtype), sk, PRECISION)
+        t_top, s_top = new_t, new_s
+    rows = first + tl.arange(0, BLOCK_P)
+    row_there = rows < p
+    at = pair * p + rows
+    s_log = tl.log2(s_sum)
+    loss = (s_log + s_top - both / t_sum) * 0.6931471805599453
+    tl.store(LOSS + at, loss, mask=row_there)
+    size = pairs.to(tl.int64) * p
+    tl.store(STATISTICS + at, t_top, mask=row_there)
+    tl.store(STATISTICS + size + at, tl.log2(t_sum), mask=row_there)
+    tl.store(STATISTICS + 2 * size + at, s_top, mask=row_there)
+    tl.store(STATISTICS + 3 * size + at, s_log, mask=row_there)
+    gradient = (of_student / s_sum[:, None] - of_teacher / t_sum[:, None]) * scale
+    columns = tl.arange(0, STUDENT_D)
+    tl.store(
+        GRADIENT + at[:, None] * sd + columns[None, :],
+        rounded(gradient, GRADIENT.dtype.element_ty),
+        mask=row_there[:, None] & (columns < sd)[None, :],
+    )
+
+
+@jit
+def _relate_back(
+    TQ, TK, SQ, SK, STATISTICS, GRAD, OUT, pairs, heads, p, r, td, sd,
+    tq_b, tq_h, tq_p, tk_b, tk_h, tk_r, sq_b, sq_h, sq_p, sk_b, sk_h, sk_r,
+    t_scale, s_scale, scale,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, TEACHER_D: tl.constexpr, STUDENT_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Leave the gradient of BLOCK_R keys of one head, from all its queries in their order."""
+    pair = tl.program_id(0).to(tl.int64)
+    image, head = pair // heads, pair % heads
+    first = tl.program_id(1) * BLOCK_R
+    tk = _rows(TK, first, r, tk_b, tk_h, tk_r, image, head, td, BLOCK_R, TEACHER_D)
+    sk = _rows(SK, first, r, sk_b, sk_h, sk_r, image, head, sd, BLOCK_R, STUDENT_D)
+    total = tl.zeros([BLOCK_R, STUDENT_D], tl.float32)
+    size = pairs.to(tl.int64) * p
+    for start in range(0, p, BLOCK_P):
+        rows = start + tl.arange(0, BLOCK_P)
+        there = rows < p
+        at = pair * p + rows
+        tq = _rows(TQ, start, p, tq_b, tq_h, tq_p, image, head, td, BLOCK_P, TEACHER_D)
+        sq = _rows(SQ, start, p, sq_b, sq_h, sq_p, image, head, sd, BLOCK_P, STUDENT_D)
+        t_top = tl.load(STATISTICS + at, mask=there, other=0.0)
+        t_log = tl.load(STATISTICS + size + at, mask=there, other=0.0)
+        s_top = tl.load(STATISTICS + 2 * size + at, mask=there, other=0.0)
+        s_log = tl.load(STATISTICS + 3 * size + at, mask=there, other=0.0)
+        grad = tl.load(GRAD + at, mask=there, other=0.0).to(tl.float32)
+        t = dot(tk, tl.trans(tq), PRECISION) * t_scale - t_top[None, :]  # [R, P]
+        s = dot(sk, tl.trans(sq), PRECISION) * s_scale - s_top[None, :]
+        difference = tl.exp2(s - s_log[None, :]) - tl.exp2(t - t_log[None, :])
+        difference = tl.where(there[None, :], difference * grad[None, :], 0.0)
+        total += dot(rounded(difference, SQ.dtype.element_ty), sq, PRECISION)
+    keys = first + tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, STUDENT_D)
+    tl.store(
+        OUT + (pair * r + keys)[:, None] * sd + columns[None, :],
+        rounded(total * scale, OUT.dtype.element_ty),
+        mask=(keys < r)[:, None] & (columns < sd)[None, :],
+    )
+
+
+# For tests and the bench
+
+
+def _inputs(shape: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    b, h, p, r, d = (shape[axis] for axis in "BHPRD")
+
+    def features(rows: int) -> Tensor:
+        return (F.normalize(torch.randn(b, h, rows, d), dim=3) * shape.get("scale", 1)).to(dtype)
+
+    return {
+        "teacher_queries": features(p),
+        "teacher_keys": features(r),
+        "student_queries": features(p),
+        "student_keys": features(r),
+        "teacher_scale": shape.get("teacher_scale", 10.0),
+        "student_scale": 5.0,
+    }
+
+
+SPEC = KernelSpec(
+    name="relation_cross_entropy",
+    call=relation_cross_entropy,
+    reference=reference,
+    eager=eager,
+    inputs=_inputs,
+    small=(
+        {"B": 1, "H": 2, "P": 5, "R": 6, "D": 4},
+        {"B": 1, "H": 1, "P": 1, "R": 1, "D": 1},
+        {"B": 2, "H": 2, "P": 36, "R": 36, "D": 16},
+        {"B": 1, "H": 1, "P": 70, "R": 40, "D": 24},
+        {"B": 1, "H": 1, "P": 9, "R": 9, "D": 8, "scale": 10},
+        {"B": 0, "H": 2, "P": 4, "R": 4, "D": 8},
+    ),
+    real={
+        "ViT-S, 128 images, 6 heads, 13 x 13": {"B": 128, "H": 6, "P": 169, "R": 169, "D": 64},
+        "ViT-B, 64 images, 12 heads, 13 x 13": {"B": 64, "H": 12, "P": 169, "R": 169, "D": 64},
+        "ViT-S, 1280 local, 6 heads, 6 x 6": {"B": 1280, "H": 6, "P": 36, "R": 36, "D": 64},
+    },
+    grads=("student_queries", "student_keys"),
+    bytes_moved=lambda s, size: size * s["B"] * s["H"] * s["D"] * (s["P"] + s["R"]) * 5,
+    flops=lambda s: 14 * s["B"] * s["H"] * s["P"] * s["R"] * s["D"],
+)
