@@ -43,16 +43,22 @@ def gaussian_blur(images: Tensor, kernels: Tensor) -> Tensor:
 
 def reference(images: Tensor, kernels: Tensor) -> Tensor:
     """Return the same by two grouped convolutions: the definition of correct."""
+    return _convolved(images.to(kernels.dtype), kernels).to(images.dtype)
+
+
+def _convolved(images: Tensor, kernels: Tensor) -> Tensor:
+    """Return images filtered along x, then y: pad, and a convolution with a group per plane."""
     n, _, height, width = images.shape
     if n == 0:
         return images.clone()
     taps = kernels.shape[1]
-    x = images.to(kernels.dtype).reshape(1, 3 * n, height, width)  # a group per plane
-    x = F.pad(x, (taps // 2,) * 4, mode="replicate")
+    reach = taps // 2
     weights = kernels.repeat_interleave(3, 0)
+    x = F.pad(images, (reach, reach, 0, 0), mode="replicate").reshape(1, 3 * n, height, -1)
     x = F.conv2d(x, weights.view(-1, 1, 1, taps), groups=3 * n)
+    x = F.pad(x, (0, 0, reach, reach), mode="replicate")
     x = F.conv2d(x, weights.view(-1, 1, taps, 1), groups=3 * n)
-    return x.view(images.shape).to(images.dtype)
+    return x.reshape(n, 3, height, width)
 
 
 def _check(images: Tensor, kernels: Tensor) -> None:
@@ -232,17 +238,8 @@ def _filter(
 
 
 def eager(images: Tensor, kernels: Tensor) -> Tensor:
-    """Return the same by kornia's sequence: pad, one grouped convolution per axis, planes as groups."""
-    n, channels, height, width = images.shape
-    reach = kernels.shape[1] // 2
-    kernels = kernels.to(images.dtype)
-    for across in (True, False):
-        pad = (reach, reach, 0, 0) if across else (0, 0, reach, reach)
-        weights = kernels[:, None, None, :] if across else kernels[:, None, :, None]
-        weights = weights.expand(-1, channels, -1, -1).reshape(-1, 1, *weights.shape[2:])
-        planes = F.pad(images, pad, mode="replicate").flatten(0, 1)[None]
-        images = F.conv2d(planes, weights, groups=n * channels).view(n, channels, height, width)
-    return images
+    """Return the same by kornia's sequence, which is the reference in the images' dtype."""
+    return _convolved(images, kernels.to(images.dtype))
 
 
 def random_kernels(count: int, taps: int) -> Tensor:

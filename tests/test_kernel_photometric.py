@@ -247,6 +247,16 @@ def test_strided_images_are_taken_as_they_are():
         assert torch.equal(photometric.photometric(**{**given, name: strided}), want)
     strided = {k: given[k].repeat_interleave(2)[::2] for k in ("threshold", "blur")}
     assert torch.equal(photometric.photometric(**{**given, **strided}), want)
+    given = blur_arguments()
+    want = gaussian_blur.gaussian_blur(**given)
+    for strided in (
+        {"images": given["images"].to(memory_format=torch.channels_last)},
+        {"images": given["images"].mT.contiguous().mT},
+        {"kernels": given["kernels"].T.contiguous().T},
+    ):
+        torch.testing.assert_close(
+            gaussian_blur.gaussian_blur(**{**given, **strided}), want, atol=1e-6, rtol=0
+        )
 
 
 # --- blur ---------------------------------------------------------------------------------------
