@@ -38,6 +38,7 @@ class KernelSpec:
     published: Callable[[Any, Arguments], Any] = lambda result, _: result
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     bench_dtype: torch.dtype = torch.bfloat16
+    wide_loads: bool = True  # its launches can load 16 bytes at a time, and have to
     # Relative error against float64 of the same, already rounded, inputs that is allowed on top of
     # torch's own error: {dtype: (output, gradient)}.
     tolerance: Mapping[torch.dtype, tuple[float, float]] = field(

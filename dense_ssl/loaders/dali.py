@@ -163,7 +163,7 @@ class DaliReader:
     def _decoded(self, index: np.ndarray, output: Any) -> Decoded:
         """Return the decoded images of the records shown, in memory of their own."""
         reading = self._reading
-        images = [torch.from_dlpack(image) for image in output]
+        images = [torch.from_dlpack(output[row]) for row in range(len(index))]
         decoded = Decoded(reading.views, reading.source.sizes[index], reading.device)
         torch.cat([image.flatten() for image in images], out=decoded.pixels)
         return decoded
