@@ -33,7 +33,7 @@ from dense_ssl.loaders import DataConfig, Loader, make_loader, open_source
 from dense_ssl.loaders.order import Order
 from dense_ssl.loaders.prefetch import Prefetcher
 from dense_ssl.log import Meter, RunLog, StepClock, logger, peak_memory_gb, setup_logging
-from dense_ssl.methods import AnyMethodConfig, Method, Step, make_method
+from dense_ssl.methods import AnyMethodConfig, Method, Step, make_method, warn_of_own_keys
 from dense_ssl.optim import OptimConfig, apply_schedules, clip_gradients, freeze, make_optimizer
 from dense_ssl.pretrained import start_from
 from dense_ssl.rng import key_of
@@ -162,6 +162,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
 
     # --- method and optimiser ----------------------------------------------------------------------
     _seed_everything(train_cfg.seed, run_cfg.deterministic)
+    warn_of_own_keys(config.method, order.num_images)
     method = make_method(config.method).to(world.device)
     method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     _check_photometry(method, config)

@@ -23,7 +23,7 @@ import torch
 
 from kernels import bench_charts, bench_files
 from kernels.bench_measure import Bound, Measured, arguments, exact, measure
-from kernels.bench_paper import reduced, resources, traffic
+from kernels.bench_paper import flops_of, moved_by, reduced, resources, traffic
 from kernels.bench_place import CARDS, Place, here
 from kernels.bench_report import (
     Case,
@@ -56,15 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if INTERPRETED:
         return _refuse("TRITON_INTERPRET=1 is set; unset it, the interpreter's times mean nothing")
     specs = [ALL[name] for name in dict.fromkeys(args.kernels)] or list(ALL.values())
+    # What compilers and rivals remark does not belong in a table.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # what compilers and rivals remark does not belong in a table
+        warnings.simplefilter("ignore")
         return _bench(specs, args.out, write=args.write_results)
 
 
 def _bench(specs: Sequence[KernelSpec], out: Path, *, write: bool) -> int:
     start = time.monotonic()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(
+            1
+        )  # several wait for each other wherever a machine does something else
     place = here()
     _say(place.heading)
     rows: list[Row] = []
@@ -105,10 +109,11 @@ def _bench(specs: Sequence[KernelSpec], out: Path, *, write: bool) -> int:
 
 def _cases(spec: KernelSpec, place: Place) -> Iterator[Case]:
     """Yield the real shapes; on a CPU reduced ones, once each where several become the same."""
-    dtype = spec.bench_dtype if place.card else torch.float32
+    floating = spec.bench_dtype.is_floating_point
+    dtype = torch.float32 if floating and not place.card else spec.bench_dtype
     groups: list[tuple[Shape, list[str]]] = []
     for title, whole in spec.real.items():
-        shape = whole if place.card else reduced(spec, whole)
+        shape = whole if place.card else reduced(spec, whole, dtype)
         same = next((titles for other, titles in groups if other == shape), None)
         if same is None:
             groups.append((shape, [title]))
@@ -121,8 +126,8 @@ def _cases(spec: KernelSpec, place: Place) -> Iterator[Case]:
             shape=shape,
             wholes=tuple(spec.real[title] for title in titles),
             dtype=str(dtype).removeprefix("torch."),
-            moved=spec.bytes_moved(shape, dtype.itemsize) if spec.bytes_moved else 0,
-            flops=spec.flops(shape) if spec.flops else 0,
+            moved=moved_by(spec, shape, dtype),
+            flops=flops_of(spec, shape),
         )
 
 
@@ -137,14 +142,22 @@ class _Provider(NamedTuple):
 
 
 def _providers(spec: KernelSpec) -> list[_Provider]:
+    # What looks at values is no graph. Of a sequence that does the reference may be compiled instead.
+    shape = next(iter(spec.real.values()))
+    graphs = [f for f in (spec.eager, spec.reference) if traffic(spec, shape, spec.bench_dtype, f)]
+
     def compiled(given: Arguments) -> Bound:
+        if not graphs:
+            raise NotImplementedError("torch-eager and the reference look at values: no graph")
         torch._dynamo.reset()  # every shape is compiled as if it were the only one
-        function = torch.compile(spec.eager, dynamic=False)
+        function = torch.compile(graphs[0], dynamic=False, fullgraph=True)
         return lambda: function(**given)
 
+    instead = bool(graphs) and graphs[0] is spec.reference
+    other = "the reference: torch-eager looks at values, which is no graph" if instead else ""
     ours = [
         _Provider("torch-eager", lambda given: lambda: spec.eager(**given)),
-        _Provider("torch-compile", compiled),
+        _Provider("torch-compile", compiled, other),
         _Provider("ours", lambda given: lambda: spec.call(**given)),
         _Provider("reference", lambda given: lambda: spec.reference(**given)),
     ]
@@ -180,6 +193,8 @@ def _attempt(
         return measure(provider.bind(given), graded, want)
     except ModuleNotFoundError as error:
         return Measured(absent=f"not measured: {error.name or error} is not installed")
+    except NotImplementedError as error:
+        return Measured(absent=f"not measured: {error}")
     except torch.OutOfMemoryError:
         return Measured(absent="out of memory")
     except Exception as error:  # a rival's failure is a row of the table, not the end of the run
@@ -195,10 +210,9 @@ def _on_paper(specs: Sequence[KernelSpec], place: Place) -> dict[tuple[str, str]
     counted: list[Counted] = []
     for spec in specs:
         for title, shape in spec.real.items():
-            dtype = spec.bench_dtype
-            moved = spec.bytes_moved(shape, dtype.itemsize) if spec.bytes_moved else 0
-            flops = spec.flops(shape) if spec.flops else 0
-            counted.append(Counted(spec.name, title, traffic(spec, shape, dtype), moved, flops))
+            eager = traffic(spec, shape, spec.bench_dtype)
+            moved, flops = moved_by(spec, shape, spec.bench_dtype), flops_of(spec, shape)
+            counted.append(Counted(spec.name, title, eager, moved, flops))
     found = resources(specs)
     moves = "bytes moved, counted, forward and backward, and the time they imply at a card's peaks"
     takes = "what every launch takes, compiled ahead of time for all real shapes"

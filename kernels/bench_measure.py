@@ -20,8 +20,9 @@ from kernels import launch
 from kernels.spec import Arguments, KernelSpec, Shape, relative_error
 
 QUANTILES = (0.2, 0.5, 0.8)
-CPU_SECONDS = 0.2  # of repetitions, at least CPU_RUNS of them
+CPU_SECONDS = 0.2  # of repetitions at least, and at least CPU_RUNS of them
 CPU_RUNS = 5
+CPU_PATIENCE = 2.0  # seconds after which a slow provider is not repeated any more
 SEED = 0
 
 Quantiles = tuple[float, float, float]
@@ -58,15 +59,19 @@ def arguments(spec: KernelSpec, shape: Shape, dtype: torch.dtype, device: str) -
 
 def exact(spec: KernelSpec, given: Arguments) -> list[Tensor] | None:
     """Return the floating-point results of the reference in float64, None where they do not fit."""
-    widened = {
-        name: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in given.items()
-    }
+    widened = {name: _widened(x) for name, x in given.items()}
     try:
         with launch.chosen("torch"), torch.no_grad():
             return [x.double() for x in tensors(spec.reference(**widened)) if x.is_floating_point()]
     except torch.OutOfMemoryError:
         return None
+
+
+def _widened(x: Any) -> Any:
+    """Return floating-point tensors in float64, and so the name of such a type."""
+    if isinstance(x, torch.dtype):
+        return torch.float64 if x.is_floating_point else x
+    return x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def measure(run: Bound, graded: list[Tensor], want: list[Tensor] | None) -> Measured:
@@ -163,10 +168,15 @@ def _cuda_peak(run: Bound, graded: list[Tensor], device: torch.device) -> int:
 def _cpu_times(run: Bound, graded: list[Tensor]) -> dict[str, Quantiles]:
     forward: list[float] = []
     backward: list[float] = []
-    end = time.perf_counter() + CPU_SECONDS
     if graded:
         _backward(run(), graded)  # compiles
-    while len(forward) < CPU_RUNS or time.perf_counter() < end:
+    begin = time.perf_counter()
+
+    def goes_on() -> bool:
+        spent = time.perf_counter() - begin
+        return spent < CPU_SECONDS or (len(forward) < CPU_RUNS and spent < CPU_PATIENCE)
+
+    while not forward or goes_on():
         start = time.perf_counter()
         out = run()
         middle = time.perf_counter()

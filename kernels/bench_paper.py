@@ -5,7 +5,7 @@ caches would move it. A kernel's own floor is `KernelSpec.bytes_moved`: every op
 """
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ PREDICTIONS = Path(__file__).with_name("predictions.csv")
 # What a reduced shape may cost the eager sequence on a CPU: well under a second of one core.
 CPU_BYTES = 500_000_000
 CPU_FLOPS = 2_000_000_000
-COUNTED = ("N", "M", "B")  # axes that count rows, cells or images: the ones to shorten
+SEQUENCE = 20  # times the bytes of a kernel, where its eager sequence cannot be counted
+COUNTED = ("N", "M", "B", "blurred")  # axes that count rows or images: the ones to shorten
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,16 @@ def _size(x: object) -> int:
     return min(x.numel() * x.element_size(), whole)  # of an expanded tensor what is there
 
 
-def traffic(spec: KernelSpec, shape: Shape, dtype: torch.dtype) -> tuple[int, int] | None:
-    """Return bytes and operations of the eager sequence, backward pass included.
+def traffic(
+    spec: KernelSpec, shape: Shape, dtype: torch.dtype, function: Callable[..., Any] | None = None
+) -> tuple[int, int] | None:
+    """Return bytes and operations of the eager sequence, or of `function`, backward pass included.
 
     Nothing is computed: the tensors are on the meta device. None where the sequence looks at values.
     """
     try:
         with _Traffic() as seen:
-            pass_over(spec.eager, spec, meta_arguments(spec, shape, dtype))
+            pass_over(function or spec.eager, spec, meta_arguments(spec, shape, dtype))
     except (RuntimeError, NotImplementedError):
         return None
     return seen.bytes, seen.operations
@@ -118,7 +121,7 @@ def meta_arguments(spec: KernelSpec, shape: Shape, dtype: torch.dtype) -> Argume
     return given
 
 
-def pass_over(function: Any, spec: KernelSpec, given: Arguments) -> None:
+def pass_over(function: Callable[..., Any], spec: KernelSpec, given: Arguments) -> None:
     """Run forward and, where something has a gradient, backward."""
     losses = [x for x in tensors(function(**given)) if x.requires_grad]
     if losses:
@@ -126,20 +129,25 @@ def pass_over(function: Any, spec: KernelSpec, given: Arguments) -> None:
         torch.autograd.grad(losses, graded, [torch.ones_like(x) for x in losses], allow_unused=True)
 
 
-def reduced(spec: KernelSpec, shape: Shape) -> Shape:
-    """Return the shape with rows, cells and images halved until a CPU does it quickly."""
+def reduced(spec: KernelSpec, shape: Shape, dtype: torch.dtype) -> Shape:
+    """Return the shape with rows and images halved until a CPU does the eager sequence quickly."""
     while True:
-        counted = traffic(spec, shape, torch.float32)
-        flops = spec.flops(shape) if spec.flops else 0
-        moved = counted[0] if counted else 20 * (spec.bytes_moved or _nothing)(shape, 4)
+        counted = traffic(spec, shape, dtype)
+        moved = counted[0] if counted else SEQUENCE * moved_by(spec, shape, dtype)
         halved = {k: max(v // 2, 1) if k in COUNTED else v for k, v in shape.items()}
-        if (moved <= CPU_BYTES and flops <= CPU_FLOPS) or halved == dict(shape):
+        if (moved <= CPU_BYTES and flops_of(spec, shape) <= CPU_FLOPS) or halved == dict(shape):
             return shape
         shape = halved
 
 
-def _nothing(shape: Shape, size: int) -> int:
-    return 0
+def moved_by(spec: KernelSpec, shape: Shape, dtype: torch.dtype) -> int:
+    """Return the bytes the kernel must move, 0 where its spec does not say."""
+    return spec.bytes_moved(shape, dtype.itemsize) if spec.bytes_moved else 0
+
+
+def flops_of(spec: KernelSpec, shape: Shape) -> int:
+    """Return the operations of its matrix products."""
+    return spec.flops(shape) if spec.flops else 0
 
 
 # Resources

@@ -2,7 +2,10 @@
 
 from kernels import (
     dense_match,
+    gaussian_blur,
+    multicrop,
     multicrop_cross_entropy,
+    photometric,
     prototype_cross_entropy,
     queue_info_nce,
     relation_cross_entropy,
@@ -19,5 +22,8 @@ _MODULES = (
     multicrop_cross_entropy,
     sinkhorn_bias,
     relation_cross_entropy,
+    photometric,
+    gaussian_blur,
+    multicrop,
 )
 ALL: dict[str, KernelSpec] = {module.SPEC.name: module.SPEC for module in _MODULES}

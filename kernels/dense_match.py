@@ -1,4 +1,4 @@
-"""The most similar position of another view's grid, for every position of one (DenseCL, arXiv:2011.09157, eq. 3).
+"""The most similar cell of another view's grid, for each of one's (DenseCL, arXiv:2011.09157, eq. 3).
 
     index_bp = argmax_r  q_bp . k_br / (|q_bp| |k_br|)
 
@@ -117,12 +117,8 @@ def _best(
         for first in range(0, c, BLOCK_C):
             channels = first + tl.arange(0, BLOCK_C)
             there = channels < c
-            q = tl.load(
-                q_at + channels[None, :], mask=q_there[:, None] & there[None, :], other=0.0
-            )
-            k = tl.load(
-                k_at + channels[None, :], mask=k_there[:, None] & there[None, :], other=0.0
-            )
+            q = tl.load(q_at + channels[None, :], mask=q_there[:, None] & there[None, :], other=0.0)
+            k = tl.load(k_at + channels[None, :], mask=k_there[:, None] & there[None, :], other=0.0)
             product += dot(q, tl.trans(k), PRECISION)
             k = k.to(tl.float32)
             q = q.to(tl.float32)
@@ -131,7 +127,7 @@ def _best(
         similarity = product * tl.rsqrt(tl.maximum(k_square, least_square))[None, :]
         similarity = tl.where(k_there[None, :], similarity, float("-inf"))
         here = tl.max(similarity, 1)
-        among = tl.where(similarity == here[:, None], keys[None, :], 2147483647)
+        among = tl.where(similarity == here[:, None], keys[None, :], 2147483647)  # pyright: ignore
         better = here > best
         best_index = tl.where(better, tl.min(among, 1), best_index)
         best = tl.where(better, here, best)

@@ -44,7 +44,7 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 @jit
-def dot(a, b, PRECISION: tl.constexpr):
+def dot(a, b, PRECISION: tl.constexpr):  # pyright: ignore
     """Return a @ b accumulated in float32; PRECISION is for float32 inputs: "ieee" or "tf32"."""
     if _INTERPRETED:
         a = a.to(tl.float32)
@@ -53,7 +53,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @jit
-def rounded(x, dtype: tl.constexpr):
+def rounded(x, dtype: tl.constexpr):  # pyright: ignore
     """Return float32 x in `dtype`, rounded to nearest even."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -61,3 +61,15 @@ def rounded(x, dtype: tl.constexpr):
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@jit
+def load_rows(X, first, count, stride, d, BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # pyright: ignore
+    """Return rows first .. first + BLOCK of X [count, d], [BLOCK, WIDTH]; 0 where there is nothing."""
+    rows = first + tl.arange(0, BLOCK)
+    columns = tl.arange(0, WIDTH)
+    return tl.load(
+        X + rows.to(tl.int64)[:, None] * stride + columns[None, :],
+        mask=(rows < count)[:, None] & (columns < d)[None, :],
+        other=0.0,
+    )

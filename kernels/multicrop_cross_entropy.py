@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from kernels import launch
 from kernels.language import LOG2_E, ceil_div, jit, power_of_two, rounded, tl
+from kernels.row_softmax import row_statistics
 from kernels.spec import KernelSpec
 
 
@@ -271,47 +272,21 @@ def _statistics(
     """Leave loss and statistics of one crop of one image against all teacher crops."""
     image, crop = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     s_row = STUDENT + crop * s_crop + image * s_image
-    columns = tl.arange(0, BLOCK)
-    s_base, t_base = student_scale * 1.4426950408889634, teacher_scale * 1.4426950408889634
     loss = 0.0
-    s_max = 0.0
+    s_top = 0.0
     s_log = 0.0
     for target in range(0, g):
         t_row = TEACHER + tl.cast(target, tl.int64) * t_crop + image * t_image
-        # One running maximum and sum per lane, as in soft_cross_entropy
-        s_top = tl.full([BLOCK], float("-inf"), tl.float32)
-        t_top = tl.full([BLOCK], float("-inf"), tl.float32)
-        s_sum = tl.zeros([BLOCK], tl.float32)
-        t_sum = tl.zeros([BLOCK], tl.float32)
-        both = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, k, BLOCK):
-            at = start + columns
-            there = at < k
-            s = tl.load(s_row + at, mask=there, other=float("-inf")).to(tl.float32)
-            t = tl.load(t_row + at, mask=there, other=float("-inf")).to(tl.float32)
-            if BIASED:
-                t += tl.load(BIAS + at, mask=there, other=0.0).to(tl.float32) * temperature
-            new_s, new_t = tl.maximum(s_top, s), tl.maximum(t_top, t)
-            safe_s = tl.where(new_s == float("-inf"), 0.0, new_s)
-            safe_t = tl.where(new_t == float("-inf"), 0.0, new_t)
-            s_sum = s_sum * tl.exp2((s_top - safe_s) * s_base) + tl.exp2((s - safe_s) * s_base)
-            shrink, share = tl.exp2((t_top - safe_t) * t_base), tl.exp2((t - safe_t) * t_base)
-            t_sum = t_sum * shrink + share
-            both = both * shrink + share * tl.where(share > 0, s, 0.0)
-            s_top, t_top = new_s, new_t
-        s_max, t_max = tl.max(s_top, 0), tl.max(t_top, 0)
-        s_log = tl.log2(tl.sum(s_sum * tl.exp2((s_top - s_max) * s_base), 0)) * 0.6931471805599453
-        t_share = tl.exp2((t_top - t_max) * t_base)
-        t_total = tl.sum(t_sum * t_share, 0)
-        weight = tl.load(PAIRS + crop * g + target).to(tl.float32)
-        mean = tl.sum(both * t_share, 0) / t_total
-        loss += weight * (s_log + (s_max - mean) * student_scale)
+        pair, s_top, s_log, t_top, t_log = row_statistics(
+            *(s_row, t_row, BIAS, k, student_scale, teacher_scale, temperature, BLOCK, BIASED),
+        )
+        loss += tl.load(PAIRS + crop * g + target).to(tl.float32) * pair
         t_at = OF_TEACHER + (crop * g + target) * b + image
-        tl.store(t_at, t_max)
-        tl.store(t_at + c * g * b, tl.log2(t_total) * 0.6931471805599453)
+        tl.store(t_at, t_top)
+        tl.store(t_at + c * g * b, t_log)
     s_at = crop * b + image
     tl.store(LOSS + s_at, loss)
-    tl.store(OF_STUDENT + s_at, s_max)
+    tl.store(OF_STUDENT + s_at, s_top)
     tl.store(OF_STUDENT + c * b + s_at, s_log)
 
 

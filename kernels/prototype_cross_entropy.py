@@ -1,4 +1,4 @@
-"""The last linear layer and its soft cross-entropy, without the [N, K] logits (iBOT, arXiv:2111.07832, eq. 3).
+"""The last linear layer and its soft cross-entropy, without [N, K] logits (iBOT, arXiv:2111.07832, eq. 3).
 
     loss = sum_n w_n CE(softmax(x_t,n W_t^T / Tt + u), softmax(x_s,n W_s^T / Ts))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import launch
-from kernels.language import LOG2_E, ceil_div, dot, jit, power_of_two, rounded, tl
+from kernels.language import LOG2_E, ceil_div, dot, jit, load_rows, power_of_two, rounded, tl
 from kernels.spec import KernelSpec
 
 BLOCK = 8192  # queue rows per block of the streamed reference: [1568, 8192] float32 is 51 MB
@@ -198,24 +198,15 @@ def _attend(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     row_there, column_there = rows < n, columns < d
-    q = tl.load(
-        Q + rows.to(tl.int64)[:, None] * q_stride + columns[None, :],
-        mask=row_there[:, None] & column_there[None, :],
-        other=0.0,
-    )
+    q = load_rows(Q, tl.program_id(0) * BLOCK_N, n, q_stride, d, BLOCK_N, BLOCK_D)
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     mixed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first = split * per_split * BLOCK_K
     end = tl.minimum(first + per_split * BLOCK_K, k)
     for start in range(first, end, BLOCK_K):
-        keys = start + tl.arange(0, BLOCK_K)
-        key_there = keys < k
-        key = tl.load(
-            QUEUE + keys.to(tl.int64)[:, None] * queue_stride + columns[None, :],
-            mask=key_there[:, None] & column_there[None, :],
-            other=0.0,
-        )
+        key_there = start + tl.arange(0, BLOCK_K) < k
+        key = load_rows(QUEUE, start, k, queue_stride, d, BLOCK_K, BLOCK_D)
         logits = dot(q, tl.trans(key), PRECISION) * scale  # [N, K], base 2
         logits = tl.where(key_there[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import launch
-from kernels.language import LOG2_E, ceil_div, dot, jit, power_of_two, rounded, tl
+from kernels.language import LOG2_E, ceil_div, dot, jit, load_rows, power_of_two, rounded, tl
 from kernels.spec import KernelSpec
 
 LARGEST_D = 256  # of Triton's tiles
+WANTED = "queries [B, H, P, D] and keys [B, H, R, D] of teacher and of student"
 
 
 def relation_cross_entropy(
@@ -52,8 +53,7 @@ def relation_cross_entropy(
     fits = fits and teacher_keys.shape[2] == student_keys.shape[2] > 0
     fits = fits and teacher_queries.shape[3] == teacher_keys.shape[3] > 0
     fits = fits and student_queries.shape[3] == student_keys.shape[3] > 0
-    wanted = "queries [B, H, P, D] and keys [B, H, R, D] of teacher and of student"
-    launch.check("relation_cross_entropy", wanted, fits, *given)
+    launch.check("relation_cross_entropy", WANTED, fits, *given)
     widest = max(teacher_queries.shape[3], student_queries.shape[3])
     if launch.on_triton(student_queries) and widest > LARGEST_D:
         raise ValueError(
@@ -61,14 +61,9 @@ def relation_cross_entropy(
             "(run.kernels=torch takes any)"
         )
     with launch.no_autocast(student_queries):
-        loss, _, _ = _forward(
-            teacher_queries.detach(),
-            teacher_keys.detach(),
-            student_queries,
-            student_keys,
-            teacher_scale,
-            student_scale,
-        )
+        teacher = teacher_queries.detach(), teacher_keys.detach()
+        scales = teacher_scale, student_scale
+        loss, _, _ = _forward(*teacher, student_queries, student_keys, *scales)
     return loss
 
 
@@ -111,12 +106,8 @@ def _precise(x: Tensor) -> torch.dtype:
 
 
 def _fake(tq: Tensor, tk: Tensor, sq: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    shape = sq.shape[:3]
-    return (
-        sq.new_empty(shape, dtype=_precise(sq)),
-        sq.new_empty((4, *shape), dtype=_precise(sq)),
-        sq.new_empty(sq.shape),
-    )
+    loss = sq.new_empty(sq.shape[:3], dtype=_precise(sq))
+    return loss, loss.new_empty((4, *loss.shape)), sq.new_empty(sq.shape)
 
 
 @launch.operator("relation_cross_entropy", _fake)
@@ -190,41 +181,48 @@ _forward.register_autograd(_backward, setup_context=_save)
 # Triton
 
 
-def _tiles(d: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Return rows and columns of a tile of relations for features of padded width d."""
-    if dtype == torch.float32:
-        return (32, 16) if d <= 64 else (16, 16)
-    return (64, 32) if d <= 64 else (32, 32)
+class _Launch:
+    """What both launches share: aligned features, numbers and tile sizes."""
 
-
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
+    def __init__(
+        self, features: tuple[Tensor, ...], teacher_scale: float, student_scale: float
+    ) -> None:
+        self.features = [x if x.stride(3) == 1 else x.contiguous() for x in features]
+        teacher, _, student, keys = self.features
+        self.shape = b, h, p, d = student.shape
+        self.keys = keys.shape[2]
+        strides = [stride for x in self.features for stride in x.stride()[:3]]
+        scales = (teacher_scale * LOG2_E, student_scale * LOG2_E, student_scale)
+        self.numbers = (b * h, h, p, self.keys, teacher.shape[3], d, *strides, *scales)
+        narrow = max(d, teacher.shape[3]) <= 64
+        if student.dtype == torch.float32:
+            self.tile = (32, 16) if narrow else (16, 16)
+        else:
+            self.tile = (64, 32) if narrow else (32, 32)
+        self.options = {
+            "TEACHER_D": power_of_two(teacher.shape[3], 16),
+            "STUDENT_D": power_of_two(d, 16),
+            "PRECISION": launch.float32_precision(),
+            "num_warps": 4,
+            "num_stages": 2,
+        }
 
 
 def _launch_forward(
     tq: Tensor, tk: Tensor, sq: Tensor, sk: Tensor, teacher_scale: float, student_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tq, tk, sq, sk = (_aligned(x) for x in (tq, tk, sq, sk))
-    b, h, p, d = sq.shape
-    wide = power_of_two(max(d, tq.shape[3]), 16)
-    block_p, block_r = _tiles(wide, sq.dtype)
+    it = _Launch((tq, tk, sq, sk), teacher_scale, student_scale)
+    b, h, p, d = it.shape
     loss = launch.empty(b, h, p, dtype=torch.float32, like=sq)
     statistics = launch.empty(4, b, h, p, dtype=torch.float32, like=sq)
     gradient = launch.empty(b, h, p, d, dtype=sq.dtype, like=sq)
+    block_p, block_r = it.tile
     with launch.on_device_of(sq):
         _relate[b * h, ceil_div(p, block_p)](
-            *(tq, tk, sq, sk, loss, statistics, gradient),
-            *(b * h, h, p, sk.shape[2], tq.shape[3], d),
-            *(tq.stride(0), tq.stride(1), tq.stride(2), tk.stride(0), tk.stride(1), tk.stride(2)),
-            *(sq.stride(0), sq.stride(1), sq.stride(2), sk.stride(0), sk.stride(1), sk.stride(2)),
-            *(teacher_scale * LOG2_E, student_scale * LOG2_E, student_scale),
+            *(*it.features, loss, statistics, gradient, *it.numbers),
             BLOCK_P=block_p,
             BLOCK_R=block_r,
-            TEACHER_D=power_of_two(tq.shape[3], 16),
-            STUDENT_D=power_of_two(d, 16),
-            PRECISION=launch.float32_precision(),
-            num_warps=4,
-            num_stages=2,
+            **it.options,
         )
     return loss, statistics, gradient
 
@@ -239,42 +237,18 @@ def _launch_keys(
     teacher_scale: float,
     student_scale: float,
 ) -> Tensor:
-    tq, tk, sq, sk = (_aligned(x) for x in (tq, tk, sq, sk))
-    b, h, p, d = sq.shape
-    r = sk.shape[2]
-    wide = power_of_two(max(d, tq.shape[3]), 16)
-    block_r, block_p = _tiles(wide, sq.dtype)
-    out = launch.empty(b, h, r, d, dtype=sk.dtype, like=sk)
+    it = _Launch((tq, tk, sq, sk), teacher_scale, student_scale)
+    b, h, _, d = it.shape
+    out = launch.empty(b, h, it.keys, d, dtype=sk.dtype, like=sk)
+    block_r, block_p = it.tile
     with launch.on_device_of(sq):
-        _relate_back[b * h, ceil_div(r, block_r)](
-            *(tq, tk, sq, sk, statistics, grad.contiguous(), out),
-            *(b * h, h, p, r, tq.shape[3], d),
-            *(tq.stride(0), tq.stride(1), tq.stride(2), tk.stride(0), tk.stride(1), tk.stride(2)),
-            *(sq.stride(0), sq.stride(1), sq.stride(2), sk.stride(0), sk.stride(1), sk.stride(2)),
-            *(teacher_scale * LOG2_E, student_scale * LOG2_E, student_scale),
+        _relate_back[b * h, ceil_div(it.keys, block_r)](
+            *(*it.features, statistics, grad.contiguous(), out, *it.numbers),
             BLOCK_P=block_p,
             BLOCK_R=block_r,
-            TEACHER_D=power_of_two(tq.shape[3], 16),
-            STUDENT_D=power_of_two(d, 16),
-            PRECISION=launch.float32_precision(),
-            num_warps=4,
-            num_stages=2,
+            **it.options,
         )
     return out
-
-
-@jit
-def _rows(X, first, count, image_stride, head_stride, row_stride, image, head, d,
-          BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Load BLOCK rows of one head's features [count, d], zeros where there are none."""
-    rows = first + tl.arange(0, BLOCK)
-    columns = tl.arange(0, WIDTH)
-    base = X + image * image_stride + head * head_stride
-    return tl.load(
-        base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :],
-        mask=(rows < count)[:, None] & (columns < d)[None, :],
-        other=0.0,
-    )
 
 
 @jit
@@ -288,9 +262,11 @@ def _relate(
     """Leave loss, statistics and the queries' gradient of BLOCK_P queries of one head."""
     pair = tl.program_id(0).to(tl.int64)
     image, head = pair // heads, pair % heads
+    tq_head, tk_head = TQ + image * tq_b + head * tq_h, TK + image * tk_b + head * tk_h
+    sq_head, sk_head = SQ + image * sq_b + head * sq_h, SK + image * sk_b + head * sk_h
     first = tl.program_id(1) * BLOCK_P
-    tq = _rows(TQ, first, p, tq_b, tq_h, tq_p, image, head, td, BLOCK_P, TEACHER_D)
-    sq = _rows(SQ, first, p, sq_b, sq_h, sq_p, image, head, sd, BLOCK_P, STUDENT_D)
+    tq = load_rows(tq_head, first, p, tq_p, td, BLOCK_P, TEACHER_D)
+    sq = load_rows(sq_head, first, p, sq_p, sd, BLOCK_P, STUDENT_D)
     t_top = tl.full([BLOCK_P], float("-inf"), tl.float32)
     s_top = tl.full([BLOCK_P], float("-inf"), tl.float32)
     t_sum = tl.zeros([BLOCK_P], tl.float32)
@@ -300,8 +276,8 @@ def _relate(
     of_student = tl.zeros([BLOCK_P, STUDENT_D], tl.float32)  # and by student
     for start in range(0, r, BLOCK_R):
         there = (start + tl.arange(0, BLOCK_R) < r)[None, :]
-        tk = _rows(TK, start, r, tk_b, tk_h, tk_r, image, head, td, BLOCK_R, TEACHER_D)
-        sk = _rows(SK, start, r, sk_b, sk_h, sk_r, image, head, sd, BLOCK_R, STUDENT_D)
+        tk = load_rows(tk_head, start, r, tk_r, td, BLOCK_R, TEACHER_D)
+        sk = load_rows(sk_head, start, r, sk_r, sd, BLOCK_R, STUDENT_D)
         t = tl.where(there, dot(tq, tl.trans(tk), PRECISION) * t_scale, float("-inf"))
         s = tl.where(there, dot(sq, tl.trans(sk), PRECISION) * s_scale, float("-inf"))
         new_t, new_s = tl.maximum(t_top, tl.max(t, 1)), tl.maximum(s_top, tl.max(s, 1))
@@ -345,17 +321,19 @@ def _relate_back(
     """Leave the gradient of BLOCK_R keys of one head, from all its queries in their order."""
     pair = tl.program_id(0).to(tl.int64)
     image, head = pair // heads, pair % heads
+    tq_head, tk_head = TQ + image * tq_b + head * tq_h, TK + image * tk_b + head * tk_h
+    sq_head, sk_head = SQ + image * sq_b + head * sq_h, SK + image * sk_b + head * sk_h
     first = tl.program_id(1) * BLOCK_R
-    tk = _rows(TK, first, r, tk_b, tk_h, tk_r, image, head, td, BLOCK_R, TEACHER_D)
-    sk = _rows(SK, first, r, sk_b, sk_h, sk_r, image, head, sd, BLOCK_R, STUDENT_D)
+    tk = load_rows(tk_head, first, r, tk_r, td, BLOCK_R, TEACHER_D)
+    sk = load_rows(sk_head, first, r, sk_r, sd, BLOCK_R, STUDENT_D)
     total = tl.zeros([BLOCK_R, STUDENT_D], tl.float32)
     size = pairs.to(tl.int64) * p
     for start in range(0, p, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)
         there = rows < p
         at = pair * p + rows
-        tq = _rows(TQ, start, p, tq_b, tq_h, tq_p, image, head, td, BLOCK_P, TEACHER_D)
-        sq = _rows(SQ, start, p, sq_b, sq_h, sq_p, image, head, sd, BLOCK_P, STUDENT_D)
+        tq = load_rows(tq_head, start, p, tq_p, td, BLOCK_P, TEACHER_D)
+        sq = load_rows(sq_head, start, p, sq_p, sd, BLOCK_P, STUDENT_D)
         t_top = tl.load(STATISTICS + at, mask=there, other=0.0)
         t_log = tl.load(STATISTICS + size + at, mask=there, other=0.0)
         s_top = tl.load(STATISTICS + 2 * size + at, mask=there, other=0.0)

@@ -229,7 +229,9 @@ def _column_merge(TOP, TOTAL, OUT, parts, k, BLOCK: tl.constexpr):
         safe = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(top - safe) + part_total * tl.exp2(part_top - safe)
         top = new
-    tl.store(OUT + at, (top + tl.log2(tl.where(there, total, 1.0))) * 0.6931471805599453, mask=there)
+    tl.store(
+        OUT + at, (top + tl.log2(tl.where(there, total, 1.0))) * 0.6931471805599453, mask=there
+    )
 
 
 @jit
@@ -250,7 +252,7 @@ def _row(TEACHER, BIAS, OUT, k, stride, scale, BLOCK: tl.constexpr):
         top = new
     whole = tl.max(top, 0)
     total = tl.sum(total * tl.exp2(top - whole), 0)
-    tl.store(OUT + row, -(whole + tl.log2(total)) * 0.6931471805599453)
+    tl.store(OUT + row, -(whole + tl.log2(total)) * 0.6931471805599453)  # pyright: ignore
 
 
 # For tests and the bench

@@ -1,4 +1,4 @@
-"""Patch-wise softmax cross-entropy of a student against a centred, sharpened teacher (DINO, arXiv:2104.14294, eq. 2).
+"""Patch-wise cross-entropy of student against centred, sharpened teacher (DINO, arXiv:2104.14294, eq. 2).
 
     loss_n = -w_n sum_k softmax(t_n / Tt + u)_k log_softmax(s_n / Ts)_k
            =  w_n (logsumexp(s_n / Ts) - sum_k softmax(t_n / Tt + u)_k s_nk / Ts)
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from kernels import launch
 from kernels.language import LOG2_E, ceil_div, jit, power_of_two, rounded, tl
+from kernels.row_softmax import row_statistics
 from kernels.spec import KernelSpec
 
 ELEMENTS_AT_ONCE = 2**20  # of the reference behind the operators: 4 MB in float32, within a cache
@@ -50,7 +51,9 @@ def soft_cross_entropy(
     fits = student.ndim == 2 and student.shape == teacher.shape and student.shape[1] > 0
     wanted = "student [N, K] and teacher [N, K] with K > 0"
     launch.check("soft_cross_entropy", wanted, fits, student, teacher)
-    launch.check_vector("soft_cross_entropy", "teacher_bias", teacher_bias, student.shape[1], student)
+    launch.check_vector(
+        "soft_cross_entropy", "teacher_bias", teacher_bias, student.shape[1], student
+    )
     launch.check_vector("soft_cross_entropy", "row_weight", row_weight, len(student), student)
     with launch.no_autocast(student):
         loss, _ = _forward(
@@ -134,11 +137,9 @@ def _forward(
     return loss if weight is None else torch.where(weight == 0, 0, loss * weight), statistics
 
 
-def _fake_gradient(student: Tensor, *_: Any) -> Tensor:
-    return student.new_empty(student.shape)
-
-
-@launch.operator("soft_cross_entropy_gradient", _fake_gradient)
+@launch.operator(
+    "soft_cross_entropy_gradient", lambda student, *_: student.new_empty(student.shape)
+)
 def _gradient(
     student: Tensor,
     teacher: Tensor,
@@ -202,10 +203,7 @@ def write_loss_and_gradient_(
     student_scale: float,
     teacher_scale: float,
 ) -> Tensor:
-    """Return the unweighted loss [N]; write factor_n (softmax(s_n) - softmax(t_n)) over student.
-
-    For operators that multiply the gradient on at once: no autograd, no checks.
-    """
+    """Return the unweighted loss [N]; write factor_n (softmax(s_n) - softmax(t_n)) over student."""
     scales = (student_scale, teacher_scale)
     loss, statistics = _forward(student, teacher, bias, None, *scales, True)
     _gradient_(student, teacher, bias, statistics, factor, *scales)
@@ -309,44 +307,18 @@ def _statistics(
 ):  # fmt: skip
     """Leave loss, largest logits and logs of sums of one row."""
     row = tl.program_id(0).to(tl.int64)
-    s_row, t_row = STUDENT + row * student_stride, TEACHER + row * teacher_stride
-    columns = tl.arange(0, BLOCK)
-    s_base, t_base = student_scale * 1.4426950408889634, teacher_scale * 1.4426950408889634
-    # One running maximum and sum per lane: lanes meet only once, at the end of the row.
-    s_top = tl.full([BLOCK], float("-inf"), tl.float32)
-    t_top = tl.full([BLOCK], float("-inf"), tl.float32)
-    s_sum = tl.zeros([BLOCK], tl.float32)
-    t_sum = tl.zeros([BLOCK], tl.float32)
-    both = tl.zeros([BLOCK], tl.float32)  # sum of exp(t - t_top) s
-    for start in range(0, k, BLOCK):
-        at = start + columns
-        there = at < k
-        s = tl.load(s_row + at, mask=there, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_row + at, mask=there, other=float("-inf")).to(tl.float32)
-        if BIASED:
-            t += tl.load(BIAS + at, mask=there, other=0.0).to(tl.float32) * temperature
-        new_s, new_t = tl.maximum(s_top, s), tl.maximum(t_top, t)
-        # A lane that has met nothing but -inf stays at 0 and -inf.
-        safe_s = tl.where(new_s == float("-inf"), 0.0, new_s)
-        safe_t = tl.where(new_t == float("-inf"), 0.0, new_t)
-        s_sum = s_sum * tl.exp2((s_top - safe_s) * s_base) + tl.exp2((s - safe_s) * s_base)
-        shrink, share = tl.exp2((t_top - safe_t) * t_base), tl.exp2((t - safe_t) * t_base)
-        t_sum = t_sum * shrink + share
-        both = both * shrink + share * tl.where(share > 0, s, 0.0)
-        s_top, t_top = new_s, new_t
-    s_max, t_max = tl.max(s_top, 0), tl.max(t_top, 0)
-    s_log = tl.log2(tl.sum(s_sum * tl.exp2((s_top - s_max) * s_base), 0)) * 0.6931471805599453
-    t_share = tl.exp2((t_top - t_max) * t_base)
-    t_total = tl.sum(t_sum * t_share, 0)
-    loss = s_log + (s_max - tl.sum(both * t_share, 0) / t_total) * student_scale
+    loss, s_top, s_log, t_top, t_log = row_statistics(
+        *(STUDENT + row * student_stride, TEACHER + row * teacher_stride, BIAS, k),
+        *(student_scale, teacher_scale, temperature, BLOCK, BIASED),
+    )
     if WEIGHTED:
         weight = tl.load(WEIGHT + row).to(tl.float32)
         loss = tl.where(weight == 0, 0.0, loss * weight)
     tl.store(LOSS + row, loss)
-    tl.store(STATISTICS + row, s_max)
+    tl.store(STATISTICS + row, s_top)
     tl.store(STATISTICS + n + row, s_log)
-    tl.store(STATISTICS + 2 * n + row, t_max)
-    tl.store(STATISTICS + 3 * n + row, tl.log2(t_total) * 0.6931471805599453)
+    tl.store(STATISTICS + 2 * n + row, t_top)
+    tl.store(STATISTICS + 3 * n + row, t_log)
 
 
 @jit

@@ -1,5 +1,6 @@
 """The methods, by the name a recipe gives. Adding one is its file and one line in each table here."""
 
+import logging
 from typing import Annotated
 
 from pydantic import Field
@@ -17,7 +18,10 @@ __all__ = [
     "ParamGroup",
     "Step",
     "make_method",
+    "warn_of_own_keys",
 ]
+
+logger = logging.getLogger("dense_ssl")
 
 METHODS: dict[str, type[Method]] = {"moco": MoCo, "densecl": DenseCL}
 
@@ -27,3 +31,14 @@ AnyMethodConfig = Annotated[MoCoConfig | DenseCLConfig, Field(discriminator="nam
 def make_method(config: AnyMethodConfig) -> Method:
     """Return the freshly initialised method of a validated configuration."""
     return METHODS[config.name](config)  # pyright: ignore[reportCallIssue]
+
+
+def warn_of_own_keys(config: AnyMethodConfig, num_images: int) -> None:
+    """Say when a queue reaches back a whole epoch: each image then meets its own old key as a negative."""
+    length = config.model_dump().get("queue_length", 0)
+    if length >= num_images:
+        logger.warning(
+            "method.queue_length=%d holds keys of every one of the %d images: each meets its own old key "
+            "as a negative, which undoes what is learned; %d would do",
+            *(length, num_images, max(num_images // 4, 1)),
+        )

@@ -1,0 +1,49 @@
+"""One sweep over a student's and a teacher's row of logits: what both cross-entropies need of it.
+
+The lanes of a program each keep a running maximum and sum of their own and meet once, at the end of the
+row. Maxima stay in the units of the logits, before any temperature, so that the exponent of the largest logit
+is exactly 0 however large it is.
+"""
+
+from kernels.language import jit, tl
+
+
+@jit
+def row_statistics(
+    s_row, t_row, BIAS, k, student_scale, teacher_scale, temperature,
+    BLOCK: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Return the cross-entropy of two rows, and of each the largest logit and the log of its sum.
+
+    The log is that of the sum of exponentials relative to the largest logit. `temperature` is the
+    teacher's, by which its bias becomes a logit.
+    """
+    s_base, t_base = student_scale * 1.4426950408889634, teacher_scale * 1.4426950408889634
+    s_top = tl.full([BLOCK], float("-inf"), tl.float32)
+    t_top = tl.full([BLOCK], float("-inf"), tl.float32)
+    s_sum = tl.zeros([BLOCK], tl.float32)
+    t_sum = tl.zeros([BLOCK], tl.float32)
+    both = tl.zeros([BLOCK], tl.float32)  # sum of exp(t - t_top) s
+    for start in range(0, k, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        there = at < k
+        s = tl.load(s_row + at, mask=there, other=float("-inf")).to(tl.float32)
+        t = tl.load(t_row + at, mask=there, other=float("-inf")).to(tl.float32)
+        if BIASED:
+            t += tl.load(BIAS + at, mask=there, other=0.0).to(tl.float32) * temperature
+        new_s, new_t = tl.maximum(s_top, s), tl.maximum(t_top, t)
+        # A lane that has met nothing but -inf stays at 0 and -inf.
+        safe_s = tl.where(new_s == float("-inf"), 0.0, new_s)
+        safe_t = tl.where(new_t == float("-inf"), 0.0, new_t)
+        s_sum = s_sum * tl.exp2((s_top - safe_s) * s_base) + tl.exp2((s - safe_s) * s_base)
+        shrink, share = tl.exp2((t_top - safe_t) * t_base), tl.exp2((t - safe_t) * t_base)
+        t_sum = t_sum * shrink + share
+        both = both * shrink + share * tl.where(share > 0, s, 0.0)
+        s_top, t_top = new_s, new_t
+    s_max, t_max = tl.max(s_top, 0), tl.max(t_top, 0)
+    s_log = tl.log2(tl.sum(s_sum * tl.exp2((s_top - s_max) * s_base), 0)) * 0.6931471805599453
+    t_share = tl.exp2((t_top - t_max) * t_base)
+    t_total = tl.sum(t_sum * t_share, 0)
+    mean = tl.sum(both * t_share, 0) / t_total  # pyright: ignore
+    loss = s_log + (s_max - mean) * student_scale
+    return loss, s_max, s_log, t_max, tl.log2(t_total) * 0.6931471805599453
