@@ -14,9 +14,10 @@ RUN    ?=
 GPUS   ?=
 KIND   ?= crops
 SEED   ?= 0
+KERNEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify pretrain eval export visualise report bench-data test lint
+.PHONY: help setup shards verify pretrain eval export visualise report bench bench-data test lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +46,16 @@ visualise: setup ## a picture of what the run sees   RUN=runs/a [KIND=crops|corr
 
 report: setup ## one self-contained HTML page about a run   RUN=runs/a
 	@$(PY) -m dense_ssl.report "$(RUN)"
+
+bench: setup $(VENV)/bench.stamp ## every kernel beside torch, torch.compile and public rivals   [KERNEL=queue_info_nce ARGS=--write-results]
+	@TORCH_CPP_LOG_LEVEL=ERROR $(PY) -m kernels.bench $(KERNEL) $(ARGS)
+
+# The rivals come without their dependencies: they run on the torch and triton that are there. Where there
+# is no network, what is missing is listed in the table.
+$(VENV)/bench.stamp: constraints.txt | setup
+	@echo "bench: installing liger-kernel, cut-cross-entropy, matplotlib ..."
+	@if $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps liger-kernel cut-cross-entropy \
+	  && $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt matplotlib; then touch $@; fi
 
 bench-data: setup ## images/s of every loader beside the peers' way   DATA=shards/coco [ARGS=]
 	@$(PY) -m dense_ssl.bench_data --data "$(DATA)" $(ARGS)

@@ -77,7 +77,7 @@ def _bench(specs: Sequence[KernelSpec], out: Path, *, write: bool) -> int:
         texts: list[str] = []
         mine: list[Row] = []
         for case in _cases(spec, place):
-            measured = list(_measured(spec, case, place))
+            measured = list(_measured(spec, case, place, first=not texts))
             mine += measured
             texts.append(case_table(case, measured, place.card))
             _say(f"\n{texts[-1]}")
@@ -138,7 +138,7 @@ class _Provider(NamedTuple):
     bind: Callable[[Arguments], Bound]
     note: str = ""
     needs_cuda: bool = False
-    same: bool = True  # as the kernel's result
+    result: str = "kernel"  # what it returns: the kernel's result, that of "eager", or "" another
 
 
 def _providers(spec: KernelSpec) -> list[_Provider]:
@@ -155,29 +155,35 @@ def _providers(spec: KernelSpec) -> list[_Provider]:
 
     instead = bool(graphs) and graphs[0] is spec.reference
     other = "the reference: torch-eager looks at values, which is no graph" if instead else ""
+    compiles_to = "kernel" if instead else "eager"
     ours = [
-        _Provider("torch-eager", lambda given: lambda: spec.eager(**given)),
-        _Provider("torch-compile", compiled, other),
+        _Provider("torch-eager", lambda given: lambda: spec.eager(**given), result="eager"),
+        _Provider("torch-compile", compiled, other, result=compiles_to),
         _Provider("ours", lambda given: lambda: spec.call(**given)),
         _Provider("reference", lambda given: lambda: spec.reference(**given)),
     ]
     rivals = [
-        _Provider(rival.name, rival.bind, rival.note, rival.needs_cuda, rival.same)
+        _Provider(rival.name, rival.bind, rival.note, rival.needs_cuda, rival.result)
         for rival in RIVALS
         if rival.kernel == spec.name
     ]
     return ours + rivals
 
 
-def _measured(spec: KernelSpec, case: Case, place: Place) -> Iterator[Row]:
+def _measured(spec: KernelSpec, case: Case, place: Place, *, first: bool) -> Iterator[Row]:
     dtype = getattr(torch, case.dtype)
     want = exact(spec, arguments(spec, case.shape, dtype, place.device))
     for provider in _providers(spec):
-        if provider.needs_cuda and place.device != "cuda":
-            found = Measured(absent="not measured: it needs a CUDA device")
+        absent = ""
+        if provider.needs_cuda and not place.card:
+            absent = "not measured: it needs a CUDA device"
+        elif provider.name == "torch-compile" and not (place.card or first):
+            absent = "not measured: on a CPU only the first shape is compiled"
+        if absent:
+            found = Measured(absent=absent)
         else:
             given = arguments(spec, case.shape, dtype, place.device)
-            found = _attempt(spec, provider, given, want if provider.same else None)
+            found = _attempt(spec, provider, given, want.get(provider.result))
             del given
             gc.collect()
             if place.card:
@@ -217,13 +223,13 @@ def _on_paper(specs: Sequence[KernelSpec], place: Place) -> dict[tuple[str, str]
     moves = "bytes moved, counted, forward and backward, and the time they imply at a card's peaks"
     takes = "what every launch takes, compiled ahead of time for all real shapes"
     _say(f"\n{moves}\n{counted_table(counted)}")
-    _say(f"\n{takes}\n{resource_table(found)}" if found else "\ntriton is not installed")
+    _say(f"\n{takes}\n{resource_table(specs, found)}" if found else "\ntriton is not installed")
     blocks: dict[tuple[str, str], str] = {}
     for spec in specs:
         of_kernel = [row for row in counted if row.kernel == spec.name]
         launches = [launch for launch in found if launch[0] == spec.name]
         texts = [f"{moves}\n{counted_table(of_kernel)}"]
-        texts += [f"{takes}\n{resource_table(launches)}"] if launches else []
+        texts += [f"{takes}\n{resource_table([spec], launches)}"] if launches else []
         blocks[PAPER, spec.name] = _fenced(f"{place.versions}; commit {place.commit}", *texts)
     return blocks
 

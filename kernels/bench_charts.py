@@ -16,6 +16,7 @@ COLOURS = {
 }
 RIVAL_COLOUR = "#d9a441"
 COLUMNS = 3
+HEADER_INCHES, PANEL_INCHES, BAR_INCHES = 0.7, 1.05, 0.26
 
 
 def draw(rows: Sequence[Row], place: Place, folder: Path) -> list[Path]:
@@ -58,21 +59,24 @@ def _chart(
     if not panels:
         return
     columns = min(COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
-    most = max(len(bars) for _, bars in panels)
-    height = 1.05 + 0.28 * most
+    lines = [panels[at : at + columns] for at in range(0, len(panels), columns)]
+    heights = [PANEL_INCHES + BAR_INCHES * max(len(bars) for _, bars in line) for line in lines]
+    inches = HEADER_INCHES + sum(heights)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(5.6 * columns, height * lines + 0.9), squeeze=False
+        *(len(lines), columns),
+        figsize=(5.6 * columns, inches),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
     )
-    for axis, (case, bars) in zip(axes.flat, panels):
-        _panel(axis, case.kernel, f"{case.title}\n{case.axes}; {case.dtype}", bars, most)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    top = 1 - 0.55 / (height * lines + 0.9)
-    figure.suptitle(title, x=0.012, y=0.995, ha="left", va="top", fontsize=15, weight="bold")
-    inches = figure.get_figheight()
-    figure.text(0.012, 1 - 0.33 / inches, below, ha="left", va="top", fontsize=10, color="#555")
-    figure.tight_layout(rect=(0, 0, 1, top), h_pad=1.6, w_pad=2.0)
+    for line, row in zip(axes, lines):
+        most = max(len(bars) for _, bars in row)
+        for axis, (case, bars) in zip(line, row):
+            _panel(axis, case.kernel, f"{case.title}\n{case.axes}; {case.dtype}", bars, most)
+        for axis in line[len(row) :]:
+            axis.axis("off")
+    figure.text(0.012, 1 - 0.12 / inches, title, va="top", fontsize=15, weight="bold")
+    figure.text(0.012, 1 - 0.42 / inches, below, va="top", fontsize=10, color="#555")
+    figure.tight_layout(rect=(0, 0, 1, 1 - HEADER_INCHES / inches), h_pad=1.2, w_pad=2.0)
     figure.savefig(path, dpi=110, facecolor="white")
     plt.close(figure)
 

@@ -57,14 +57,22 @@ def arguments(spec: KernelSpec, shape: Shape, dtype: torch.dtype, device: str) -
     return given
 
 
-def exact(spec: KernelSpec, given: Arguments) -> list[Tensor] | None:
-    """Return the floating-point results of the reference in float64, None where they do not fit."""
+def exact(spec: KernelSpec, given: Arguments) -> dict[str, list[Tensor]]:
+    """Return in float64 what the kernel returns ("kernel") and what the eager sequence does ("eager").
+
+    Floating-point results only; empty where they do not fit into memory.
+    """
     widened = {name: _widened(x) for name, x in given.items()}
     try:
         with launch.chosen("torch"), torch.no_grad():
-            return [x.double() for x in tensors(spec.reference(**widened)) if x.is_floating_point()]
+            result = spec.reference(**widened)
+            found = {"kernel": result, "eager": spec.published(result, widened)}
     except torch.OutOfMemoryError:
-        return None
+        return {}
+    return {
+        name: [x.double() for x in tensors(of) if x.is_floating_point()]
+        for name, of in found.items()
+    }
 
 
 def _widened(x: Any) -> Any:

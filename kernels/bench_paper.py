@@ -34,36 +34,23 @@ COUNTED = ("N", "M", "B", "blurred")  # axes that count rows or images: the ones
 
 @dataclass(frozen=True)
 class Prediction:
-    """Milliseconds and bytes of a workload, reckoned before anything was measured."""
+    """Milliseconds of one provider, reckoned before anything was measured."""
 
     kernel: str
     shape: str
     card: str
-    eager_ms: float | None
-    compile_ms: float | None
-    floor_ms: float | None
-    likely_ms: float | None  # 85 % of the bandwidth, 60 % of the matrix rate
+    provider: str
+    at_peaks_ms: float
+    likely_ms: float | None
 
 
 def predictions() -> list[Prediction]:
     """Return the rows of predictions.csv."""
-
-    def number(text: str) -> float | None:
-        return float(text) if text else None
-
     with PREDICTIONS.open() as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+        rows = list(csv.reader(line for line in file if not line.startswith("#")))
     return [
-        Prediction(
-            row["kernel"],
-            row["shape"],
-            row["card"],
-            number(row["eager_ms"]),
-            number(row["compile_ms"]),
-            number(row["floor_ms"]),
-            number(row["likely_ms"]),
-        )
-        for row in rows
+        Prediction(kernel, shape, card, provider, float(peaks), float(likely) if likely else None)
+        for kernel, shape, card, provider, peaks, likely in rows[1:]
     ]
 
 
@@ -131,13 +118,17 @@ def pass_over(function: Callable[..., Any], spec: KernelSpec, given: Arguments) 
 
 def reduced(spec: KernelSpec, shape: Shape, dtype: torch.dtype) -> Shape:
     """Return the shape with rows and images halved until a CPU does the eager sequence quickly."""
-    while True:
+
+    def cost(shape: Shape) -> int:
         counted = traffic(spec, shape, dtype)
-        moved = counted[0] if counted else SEQUENCE * moved_by(spec, shape, dtype)
+        return counted[0] if counted else SEQUENCE * moved_by(spec, shape, dtype)
+
+    while cost(shape) > CPU_BYTES or flops_of(spec, shape) > CPU_FLOPS:
         halved = {k: max(v // 2, 1) if k in COUNTED else v for k, v in shape.items()}
-        if (moved <= CPU_BYTES and flops_of(spec, shape) <= CPU_FLOPS) or halved == dict(shape):
-            return shape
+        if cost(halved) > 0.75 * cost(shape):  # what is left does not depend on the number of rows
+            break
         shape = halved
+    return shape
 
 
 def moved_by(spec: KernelSpec, shape: Shape, dtype: torch.dtype) -> int:

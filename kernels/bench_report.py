@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kernels.bench_measure import Measured, Quantiles
 from kernels.bench_paper import predictions
 from kernels.bench_place import CARDS, Card
-from kernels.spec import Shape
+from kernels.spec import KernelSpec, Shape
 
 if TYPE_CHECKING:
     from kernels.ahead import Resources
@@ -35,7 +35,7 @@ class Case:
         """The shape in words: `N 49 of 1568, K 65536, D 128`."""
         parts: list[str] = []
         for name, value in self.shape.items():
-            if not isinstance(value, bool):
+            if isinstance(value, int) and not isinstance(value, bool):
                 full = dict.fromkeys(str(whole[name]) for whole in self.wholes)
                 reduced = list(full) != [str(value)]
                 parts.append(f"{name} {value}" + (f" of {' / '.join(full)}" if reduced else ""))
@@ -78,9 +78,8 @@ def case_table(case: Case, rows: Sequence[Row], card: Card | None) -> str:
             lines.append([row.provider, *_cells(row, eager, card)])
         remarks = [row.measured.absent or row.note, row.measured.remark]
         said += [f"  {row.provider}: {remark}" for remark in remarks if remark]
-    return "\n".join(
-        [f"{case.kernel}: {case.title}", f"  {case.axes}; {case.dtype}", *_aligned(lines), *said]
-    )
+    text = _aligned(_without_empty_columns(lines))
+    return "\n".join([f"{case.kernel}: {case.title}", f"  {case.axes}; {case.dtype}", *text, *said])
 
 
 def _cells(row: Row, eager: float | None, card: Card | None) -> list[str]:
@@ -112,38 +111,32 @@ def counted_table(rows: Iterable[Counted]) -> str:
     return "\n".join(_aligned(lines))
 
 
-def resource_table(found: Iterable[tuple[str, "Resources"]]) -> str:
+def resource_table(specs: Iterable[KernelSpec], found: Iterable[tuple[str, "Resources"]]) -> str:
     """Return what every compiled launch takes from a card that is not there."""
+    wide = {spec.name: spec.wide_loads for spec in specs}
     lines = [
         ["", "sm", "registers", "stack B", "shared B", "warps/SM", "matrix ops", "16 B loads", ""]
     ]
     for kernel, r in found:
         numbers = (r.sm, r.registers, r.stack, r.shared, r.resident_warps)
         line = [f"{kernel} {r.kernel}", *map(str, numbers), str(r.tensor_cores), str(r.wide_loads)]
-        lines.append([*line, "; ".join(r.complaints(wide=False)) or "fits"])
+        lines.append([*line, "; ".join(r.complaints(wide=wide[kernel])) or "fits"])
     return "\n".join(_aligned(lines))
 
 
-def prediction_table(kernel: str, card: str, rows: Sequence[Row]) -> str:
+def prediction_table(kernel: str, card: str, rows: Iterable[Row]) -> str:
     """Return predicted beside measured milliseconds of a kernel on a card; "-": not measured yet.
 
     Empty where nothing was predicted.
     """
-    whole = {(row.case.title, row.provider): row.measured.whole for row in rows}
-    lines = [["", "eager", "measured", "compile", "measured", "ours", "measured"]]
+    seen = {(row.case.title, row.provider): row.measured.whole for row in rows}
+    lines = [["predicted ms, forward and backward", "", "at peaks", "likely", "measured"]]
     for said in predictions():
         if (said.kernel, said.card) == (kernel, card):
-            line = [said.shape]
-            for provider, predicted in (
-                ("torch-eager", said.eager_ms),
-                ("torch-compile", said.compile_ms),
-                ("ours", said.likely_ms or said.floor_ms),
-            ):
-                line += [_maybe(predicted), _maybe(whole.get((said.shape, provider)))]
-            lines.append(line)
-    if len(lines) == 1:
-        return ""
-    return "\n".join(["predicted and measured ms, forward and backward", *_aligned(lines)])
+            measured = seen.get((said.shape, said.provider))
+            numbers = (said.at_peaks_ms, said.likely_ms, measured)
+            lines.append([said.shape, said.provider, *map(_maybe, numbers)])
+    return "\n".join(_aligned(lines)) if len(lines) > 1 else ""
 
 
 def _spread(ms: Quantiles | None) -> str:
@@ -161,6 +154,12 @@ def short(value: float) -> str:
     steps = (100, 10, 1, 0.1, 0.01, 0.001)
     digits = next((n for n, least in enumerate(steps) if value >= least), len(steps))
     return f"{value:.{digits}f}"
+
+
+def _without_empty_columns(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return the lines less the columns in which no line but the first says anything."""
+    filled = [i == 0 or any(line[i] for line in lines[1:]) for i in range(len(lines[0]))]
+    return [[cell for cell, keep in zip(line, filled) if keep] for line in lines]
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -24,7 +24,7 @@ class Rival:
     bind: Callable[[Arguments], Bound]
     note: str = ""  # what it does otherwise
     needs_cuda: bool = False
-    same: bool = False  # whether its result is the kernel's, or the sum of it
+    result: str = ""  # "kernel": it returns what the kernel does, or the sum of it
 
 
 # queue_info_nce as a linear layer and cross-entropy with hard labels: the work is the same, but the positive
@@ -217,7 +217,7 @@ RIVALS = (
         "torch-linear-ce",
         _torch_prototypes,
         "the teacher's probabilities as a whole, by torch",
-        same=True,
+        result="kernel",
     ),
     Rival(
         "prototype_cross_entropy",
@@ -240,7 +240,7 @@ RIVALS = (
         "one order for the whole batch; draws its own numbers",
     ),
     Rival("photometric", "kornia-compile", _kornia_compiled, "one fixed order"),
-    Rival("gaussian_blur", "kornia", _kornia_blur, same=True),
+    Rival("gaussian_blur", "kornia", _kornia_blur, result="kernel"),
     Rival(
         "gaussian_blur", "torchvision", _torchvision_blur, "a Gaussian, the same for every image"
     ),
