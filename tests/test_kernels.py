@@ -9,6 +9,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import launch
 from kernels.catalogue import ALL
@@ -167,6 +168,40 @@ def test_gradients_are_those_of_finite_differences(spec):
         return tuple(x for x in out if x.requires_grad)
 
     assert torch.autograd.gradcheck(call, asked)
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers every call of an operator of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "dense_ssl":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the checker's own
+@pytest.mark.parametrize("spec", EVERY)
+def test_the_operators_keep_their_contracts(spec):
+    """Schema, fake results, autograd registration and compiled autograd, by torch's own checker."""
+    given = arguments(spec, spec.small[0], torch.float32)
+    with Recorder() as recorder:
+        graded(spec, spec.call, given)
+    assert recorder.calls, "no operator was called"
+    graded_at = {given[name].data_ptr() for name in spec.grads}
+
+    def fresh(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        # Only what the forward operator differentiates: gradient operators have no second derivative
+        forward = function is recorder.calls[0][0] and x.data_ptr() in graded_at
+        return x.detach().clone().requires_grad_(forward)
+
+    for function, args in recorder.calls:
+        torch.library.opcheck(function, tuple(fresh(x) for x in args))
 
 
 @pytest.mark.parametrize("spec", EVERY)
