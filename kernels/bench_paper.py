@@ -91,9 +91,10 @@ def traffic(
 
     Nothing is computed: the tensors are on the meta device. None where the sequence looks at values.
     """
+    given = meta_arguments(spec, shape, dtype)
     try:
         with _Traffic() as seen:
-            pass_over(function or spec.eager, spec, meta_arguments(spec, shape, dtype))
+            pass_over(function or spec.eager, spec, given)
     except (RuntimeError, NotImplementedError):
         return None
     return seen.bytes, seen.operations

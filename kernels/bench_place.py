@@ -59,7 +59,8 @@ class Place:
             )
         else:
             lines.append(
-                "no CUDA device: no GPU time was measured; below are the CPU's times on reduced shapes"
+                "no CUDA device: no GPU time was measured; below is one thread of the CPU on reduced "
+                "shapes, where ours is what stands in for the kernel"
             )
         return "\n".join(lines)
 
