@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     from ffcv.libffcv import imdecode
     from ffcv.loader import Loader as StockLoader
     from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_managers import OSCacheManager
     from ffcv.pipeline import PipelineSpec
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
@@ -46,6 +47,27 @@ if nb.config.THREADING_LAYER == "default":  # pyright: ignore[reportAttributeAcc
 
 BATCHES_AHEAD = 3
 RING = BATCHES_AHEAD + 2  # batches that FFCV may be writing or holding while one is asked for
+
+
+def _memory_type(_: OSCacheManager) -> Any:
+    return nb.types.Tuple([_BYTES, nb.uint64[::1], nb.uint64[::1]])
+
+
+def _compile_reader(manager: OSCacheManager) -> Any:
+    """Return the compiled function (address, memory) -> the bytes of the record there."""
+
+    def read(address, memory):  # noqa: ANN001, ANN202
+        file, starts, lengths = memory
+        return file[address : address + lengths[np.searchsorted(starts, address)]]
+
+    return Compiler.compile(read, _BYTES(nb.uint64, manager.state_type))
+
+
+# FFCV marks numba's one type of all byte arrays as read-only where it means those of its file: what is
+# compiled after that, for anybody in this process, cannot write to a byte array.
+_BYTES: Any = nb.types.Array(nb.uint8, 1, "C", readonly=True)
+OSCacheManager.state_type = property(_memory_type)  # pyright: ignore[reportAttributeAccessIssue]
+OSCacheManager.compile_reader = _compile_reader  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Writer(Protocol):
