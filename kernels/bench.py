@@ -220,7 +220,10 @@ def _on_paper(specs: Sequence[KernelSpec], place: Place) -> dict[tuple[str, str]
             moved, flops = moved_by(spec, shape, spec.bench_dtype), flops_of(spec, shape)
             counted.append(Counted(spec.name, title, eager, moved, flops))
     found = resources(specs)
-    moves = "bytes moved, counted, forward and backward, and the time they imply at a card's peaks"
+    moves = (
+        "bytes moved, counted, forward and backward, and the time they imply at a card's peaks "
+        "(-: the sequence looks at values)"
+    )
     takes = "what every launch takes, compiled ahead of time for all real shapes"
     _say(f"\n{moves}\n{counted_table(counted)}")
     _say(f"\n{takes}\n{resource_table(specs, found)}" if found else "\ntriton is not installed")

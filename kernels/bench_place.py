@@ -67,7 +67,7 @@ class Place:
     @property
     def section(self) -> str:
         """The name of this kind of device in RESULTS.md."""
-        if self.device == "cpu":
+        if self.card is None:
             return "CPU"
         return next((card.name for card in CARDS if card.name.split()[-1] in self.name), self.name)
 

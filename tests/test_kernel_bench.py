@@ -255,14 +255,61 @@ def test_results_keep_what_they_do_not_replace():
     assert bench_files.updated(changed, {("A", "two"): "third"}) == changed
 
 
+def test_gpu_rows_name_achieved_rates_and_go_to_their_card(only_toy, tmp_path, monkeypatch, capsys):
+    card = bench_place.Card("NVIDIA H200", 90, 1000.0, 100.0)
+    place = bench_place.Place("cpu", "NVIDIA H200", "driver 1", "torch 2", "abc", "now", card)
+    monkeypatch.setattr(bench, "here", lambda: place)
+    monkeypatch.setattr(bench_files, "RESULTS", tmp_path / "RESULTS.md")
+    spec = toy(bench_dtype=torch.bfloat16)
+    assert only_toy(spec, "--out", str(tmp_path), "--write-results") == 0
+    said = capsys.readouterr().out
+    assert "of ceiling" in said
+    assert "bfloat16" in said
+    assert "no GPU time" not in said
+    assert bench_files.measured_blocks() == {("H200", "toy")}
+
+
+def test_backward_that_runs_only_once_is_what_is_left_of_full(monkeypatch):
+    testing = pytest.importorskip("triton.testing")
+    clock = iter([(1.0, 2.0, 3.0), (5.0, 7.0, 9.0)])  # forward, full
+
+    def timed(function, quantiles):
+        function()
+        function()
+        return next(clock)
+
+    monkeypatch.setattr(testing, "do_bench", timed)
+    x = torch.randn(4, requires_grad=True)
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x.clone())
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            (saved,) = ctx.saved_tensors
+            return saved.copy_(grad).mul_(2)
+
+    found, remark = bench_measure._cuda_times(lambda: Once.apply(x), [x])
+    assert found["backward"] == (4.0, 5.0, 6.0)
+    assert "runs only once" in remark
+    clock = iter([(1.0, 2.0, 3.0), (5.0, 7.0, 9.0), (0.1, 0.2, 0.3)])
+    found, remark = bench_measure._cuda_times(lambda: x.square(), [x])
+    assert (found["backward"], remark) == ((0.1, 0.2, 0.3), "")
+
+
 # Rivals
 
 
-@pytest.mark.parametrize("rival", RIVALS, ids=lambda r: f"{r.kernel}-{r.name}")
+@pytest.mark.parametrize(
+    "rival",
+    [r for r in RIVALS if r.result == "kernel" and not r.needs_cuda],
+    ids=lambda r: f"{r.kernel}-{r.name}",
+)
 def test_rivals_that_claim_the_same_result_have_it(rival):
     spec = ALL[rival.kernel]
-    if rival.result != "kernel" or rival.needs_cuda:
-        pytest.skip("another result, or not on a CPU")
     shape = {"N": 12, "K": 40, "D": 16, "S": 20}
     given = bench_measure.arguments(spec, shape, torch.float32, "cpu")
     try:
