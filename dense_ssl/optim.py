@@ -24,7 +24,9 @@ class OptimConfig(Config):
 
     name: Literal["sgd", "adamw", "lars"] = "sgd"
     lr: Number = Schedule(start=0.3, shape="cosine", per="epoch")
-    lr_for_batch: Annotated[int, Field(ge=1)] | None = None  # lr is for this batch; scale linearly
+    lr_for_batch: Annotated[int, Field(ge=1)] | None = (
+        None  # lr, but not its end, is for this batch
+    )
     weight_decay: Number = Schedule(start=1e-4, shape="constant")
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
@@ -98,9 +100,12 @@ def apply_schedules(
     optimizer: Optimizer, config: OptimConfig, step: Step, batch_size: int
 ) -> dict[str, float]:
     """Set this step's learning rate and weight decay in every group; return both for the log."""
-    lr = config.lr.at(step)
+    schedule = config.lr
     if config.lr_for_batch is not None:
-        lr *= batch_size / config.lr_for_batch
+        factor = batch_size / config.lr_for_batch  # what a run ends with is no step size to scale
+        scaled = {"start": schedule.start * factor, "warmup_start": schedule.warmup_start * factor}
+        schedule = schedule.model_copy(update=scaled)
+    lr = schedule.at(step)
     decay = config.weight_decay.at(step)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]

@@ -41,6 +41,7 @@ class Schedule(Config):
     per: Literal["step", "epoch"] = "step"  # "epoch": the value moves at epoch boundaries only
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     warmup_start: float = 0.0
+    warmup_closed: bool = False  # the last warm-up step has `start` already (DINO's tables)
     milestones: tuple[float, ...] = ()  # multistep: epochs after which `factor` applies once more
     factor: float = 0.1
 
@@ -48,7 +49,7 @@ class Schedule(Config):
         """Return the value for the optimiser step about to be taken."""
         epoch = math.floor(step.epoch) if self.per == "epoch" else step.epoch
         if epoch < self.warmup_epochs:
-            return self.warmup_start + (self.start - self.warmup_start) * epoch / self.warmup_epochs
+            return self.warmup_start + (self.start - self.warmup_start) * self._warmed(epoch, step)
         if self.shape == "multistep":
             return self.start * self.factor ** sum(epoch >= mark for mark in self.milestones)
         if self.shape == "constant":
@@ -58,6 +59,32 @@ class Schedule(Config):
         if self.shape == "linear":
             return self.start + (self.end - self.start) * share
         return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+    def _warmed(self, epoch: float, step: Step) -> float:
+        """Return the share of the warm-up that is done at an epoch within it, 0 at its first value."""
+        values = 1 if self.per == "epoch" else step.steps_per_epoch  # per epoch
+        last = self.warmup_epochs * values - self.warmup_closed
+        return epoch * values / last if last > 0 else 0.0
+
+
+class Ramp(Config):
+    """A value per epoch: `start` for some epochs, then evenly spaced values from start to end, then `end`.
+
+    The temperatures of DINO's and iBOT's teachers: both ends are among the `warmup_epochs` spaced values.
+    """
+
+    start: float
+    end: float
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    wait_epochs: Annotated[int, Field(ge=0)] = 0  # at `start` before the ramp begins
+
+    def at(self, step: Step) -> float:
+        """Return the value of the epoch that a step is in."""
+        epoch = math.floor(step.epoch) - self.wait_epochs
+        if epoch >= self.warmup_epochs:
+            return self.start if epoch < 0 else self.end
+        share = max(epoch, 0) / (self.warmup_epochs - 1) if self.warmup_epochs > 1 else 0.0
+        return self.start + (self.end - self.start) * share
 
 
 def _number_is_constant(value: Any) -> Any:

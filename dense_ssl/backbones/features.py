@@ -16,7 +16,10 @@ class BackboneConfig(Config):
     """Which network, and the few things about it that change results."""
 
     name: str = "resnet50"  # a timm model name
-    init: Literal["fan_in", "fan_out", "timm"] = "fan_in"  # Kaiming normal of convolutions
+    init: Literal["fan_in", "fan_out", "timm", "dino"] = (
+        "fan_in"  # ResNets: Kaiming normal; ViTs: dino
+    )
+    positions: Literal["timm", "dino"] = "timm"  # ViTs: how positions are resampled to another grid
     output_stride: Literal[8, 16, 32] = 32  # ResNets: dilate the last stages below 32
     bn_groups: Annotated[int, Field(ge=1)] = 1  # batch statistics over this many groups of samples
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # ViTs: stochastic depth
@@ -29,6 +32,7 @@ class Features:
     cls: Tensor  # [B, T, D]  class tokens; a ResNet's one is its average-pooled map
     dense: Tensor  # [B, N, D]  one vector per cell, row-major
     grid: tuple[int, int]  # rows, columns; N = rows * columns
+    hidden: Tensor | None = None  # [B, N, D]  a ViT's cells before its final norm
 
 
 class Backbone(nn.Module, ABC):

@@ -18,6 +18,7 @@ from dense_ssl.backbones.features import (
     pooled,
     tokens_from_map,
 )
+from dense_ssl.config import UserError
 
 
 class ResNetBackbone(Backbone):
@@ -30,6 +31,8 @@ class ResNetBackbone(Backbone):
         self.dim = int(self.trunk.num_features)  # pyright: ignore[reportArgumentType]
         self.stride = config.output_stride
         self._checkpointed = False
+        if config.init == "dino":
+            raise UserError("method.backbone.init: dino is how ViTs start; a ResNet takes fan_in")
         if config.init != "timm":
             initialise_convolutions(self.trunk, config.init)
         if config.bn_groups > 1:

@@ -1,53 +1,115 @@
-"""ViTs of timm in two phases: `embed(images)` to tokens, edits by the method, `encode(tokens)`.
+"""ViTs of timm in two phases: `embed(images)` to patches, edits by the method, `encode(patches)`.
 
-The only file that touches timm's private `_pos_embed`; `tests/test_backbones.py` pins what it returns.
+An edit sees patch embeddings before their positions are added (a masked patch keeps its place), and never
+the class tokens. The only file that touches timm's private `_pos_embed`; `tests/test_backbones.py` pins it.
 """
+
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dense_ssl.backbones.features import Backbone, BackboneConfig, Features, create_trunk, grid_of
+from dense_ssl.backbones.features import Backbone, BackboneConfig, Features, create_trunk
 
 
 class ViTBackbone(Backbone):
     """A ViT whose cells are its patch tokens, for any input size that is a multiple of the patch."""
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, trunk: VisionTransformer | None = None) -> None:
+        """Build timm's model of the configured name, or stand around `trunk` as it is."""
         super().__init__()
         self.config = config
-        trunk = create_trunk(config.name, dynamic_img_size=True, drop_path_rate=config.drop_path)
-        assert isinstance(trunk, VisionTransformer), f"{config.name} is not a plain ViT"
+        if trunk is None:
+            made = create_trunk(config.name, dynamic_img_size=True, drop_path_rate=config.drop_path)
+            assert isinstance(made, VisionTransformer), f"{config.name} is not a plain ViT"
+            trunk = made
+            if config.init == "dino":
+                _initialise_as_dino(trunk)
         self.trunk = trunk
         self.dim = trunk.embed_dim
+        self.prefix = trunk.num_prefix_tokens  # T
         self.stride = int(trunk.patch_embed.patch_size[0])
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return tokens [B, T + N, D]: class tokens, then patches row-major, positions added."""
-        return self.trunk._pos_embed(self.trunk.patch_embed(images))  # pyright: ignore
+        """Return patch embeddings [B, h, w, D] of images [B, 3, H, W], without positions."""
+        trunk: Any = self.trunk
+        return trunk.patch_embed(images)
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Return the normalised tokens after the last block, [B, T + N, D]."""
-        trunk = self.trunk
-        x = trunk.norm_pre(trunk.patch_drop(tokens))  # pyright: ignore
-        if trunk.grad_checkpointing and torch.is_grad_enabled():
-            for block in trunk.blocks:  # pyright: ignore
-                x = checkpoint(block, x, use_reentrant=False)
-        else:
-            x = trunk.blocks(x)  # pyright: ignore
-        return trunk.norm(x)  # pyright: ignore
+    def encode(self, patches: Tensor) -> Features:
+        """Return the features of patch embeddings [B, h, w, D], edited or not."""
+        rows, columns = int(patches.shape[1]), int(patches.shape[2])
+        hidden, x = self.run_blocks(self.place(patches))
+        first = self.prefix
+        return Features(x[:, :first], x[:, first:], (rows, columns), hidden[:, first:])
 
     def forward(self, images: Tensor) -> Features:
         """Return the features of normalised float images [B, 3, H, W]."""
-        x = self.encode(self.embed(images))
-        prefix = int(self.trunk.num_prefix_tokens)  # pyright: ignore
-        return Features(x[:, :prefix], x[:, prefix:], grid_of(images, self.stride))
+        return self.encode(self.embed(images))
+
+    def place(self, patches: Tensor) -> Tensor:
+        """Return tokens [B, T + N, D]: class tokens, then patches row-major, positions added."""
+        trunk: Any = self.trunk
+        if self.config.positions == "timm":
+            return trunk._pos_embed(patches)
+        table = trunk.pos_embed
+        assert table is not None and not trunk.no_embed_class
+        first = trunk.num_prefix_tokens
+        side, grid = int(trunk.patch_embed.grid_size[0]), (patches.shape[1], patches.shape[2])
+        prefix = [x for x in (trunk.cls_token, trunk.reg_token) if x is not None]
+        prefix = torch.cat(prefix, dim=1) + table[:, :first]
+        cells = interpolate_positions(table[:, first:], side, grid)
+        placed = patches.flatten(1, 2) + cells
+        return trunk.pos_drop(torch.cat([prefix.expand(len(placed), -1, -1), placed], dim=1))
+
+    def run_blocks(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens after the last block, before and after the final norm, each [B, T + N, D]."""
+        trunk: Any = self.trunk
+        x = trunk.norm_pre(trunk.patch_drop(tokens))
+        if trunk.grad_checkpointing and torch.is_grad_enabled():
+            for block in trunk.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = trunk.blocks(x)
+        return x, trunk.norm(x)
 
     def compile_encoder(self) -> None:
-        """Compile `encode`."""
-        self.encode = torch.compile(self.encode)  # pyright: ignore
+        """Compile `run_blocks`."""
+        self.run_blocks = torch.compile(self.run_blocks)
 
     def checkpoint_gradients(self) -> None:
         """Recompute each block in the backward pass."""
-        self.trunk.set_grad_checkpointing(True)  # pyright: ignore
+        trunk: Any = self.trunk
+        trunk.set_grad_checkpointing(True)
+
+
+def interpolate_positions(table: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+    """Return positions [1, h * w, D] for a grid (h, w) from a table [1, side * side, D], as DINO does.
+
+    Bicubic by the scale factors (h + 0.1) / side and (w + 0.1) / side: what is sampled depends on the
+    0.1, which only had to keep the size from being rounded down. timm resamples by size, antialiased.
+    """
+    height, width = grid
+    if (height, width) == (side, side):
+        return table
+    maps = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    factors = [(height + 0.1) / side, (width + 0.1) / side]
+    maps = F.interpolate(
+        maps.float(), scale_factor=factors, mode="bicubic", recompute_scale_factor=False
+    )
+    assert maps.shape[2:] == grid, (tuple(maps.shape), grid)
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+@torch.no_grad()
+def _initialise_as_dino(trunk: VisionTransformer) -> None:
+    """Draw class tokens as the position table is; the rest of timm's initialisation is the published one.
+
+    That is: linear layers and positions normal with deviation 0.02, biases 0, norms 1 and 0, and the
+    patch convolution as torch makes it.
+    """
+    for token in (trunk.cls_token, trunk.reg_token):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=0.02)

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from dense_ssl.methods.densecl import DenseCL, DenseCLConfig
+from dense_ssl.methods.ibot import DinoConfig, IBot, IBotConfig
 from dense_ssl.methods.method import Method, MethodConfig, Output, ParamGroup, Step
 from dense_ssl.methods.moco import MoCo, MoCoConfig
 
@@ -23,9 +24,11 @@ __all__ = [
 
 logger = logging.getLogger("dense_ssl")
 
-METHODS: dict[str, type[Method]] = {"moco": MoCo, "densecl": DenseCL}
+METHODS: dict[str, type[Method]] = {"moco": MoCo, "densecl": DenseCL, "ibot": IBot, "dino": IBot}
 
-AnyMethodConfig = Annotated[MoCoConfig | DenseCLConfig, Field(discriminator="name")]
+AnyMethodConfig = Annotated[
+    MoCoConfig | DenseCLConfig | IBotConfig | DinoConfig, Field(discriminator="name")
+]
 
 
 def make_method(config: AnyMethodConfig) -> Method:
