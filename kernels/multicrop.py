@@ -13,9 +13,12 @@ uint8 [V, B, 3, S, S]. There is no gradient.
 Moved: the images once, the crops once. 64 images of 256 x 341 px with 2 x 224 + 10 x 96: 17 and 37 MB; the
 host sends the 17 MB of images instead of 37 MB of crops, and its cores do nothing but decode.
 
-Numbers: sums are float32 with weights of 22 bits or more; Pillow's weights have 22. Results differ from the
-exact ones by one level where the exact value lies within 1e-4 or so of a rounding boundary. Bitwise
-repeatable.
+Numbers: Pillow's. Weights are rounded to 22 bits after the point and their sums are exact, on tensor cores
+too: a weight is the sum of two numbers that float16 holds. Positions are ratios of integers. What is left is
+the last bit of a weight computed in float32, which shows where an exact value lies within 1e-4 of a rounding
+boundary, by one level. Bitwise repeatable.
+
+(Some versions of Pillow take the vertical pass first in tall images, which rounds and clips otherwise.)
 """
 
 from collections.abc import Mapping
@@ -30,6 +33,9 @@ from kernels.spec import KernelSpec
 
 Filter = Literal["bilinear", "bicubic"]
 SUPPORT = {"bilinear": 1, "bicubic": 2}  # source pixels either side of the centre, when enlarging
+
+LARGEST_SIZE = 16384  # of crops, px: positions are int32
+BITS = 22  # of weights, after the point
 
 # One program makes TILE_Y rows of TILE_X / 3 pixels, in steps of ROWS rows of the source.
 TILE_X, TILE_Y, ROWS = 64, 32, 16
@@ -85,9 +91,10 @@ def multicrop(
     if any(x.device != images.device for x in tensors):
         got = ", ".join(str(x.device) for x in tensors)
         raise ValueError(f"multicrop: all tensors on one device expected, got {got}")
-    if size < 1 or filter not in SUPPORT:
+    if not 1 <= size <= LARGEST_SIZE or filter not in SUPPORT:
         raise ValueError(
-            f"multicrop: size >= 1 and filter of {', '.join(SUPPORT)} expected, got {size}, {filter}"
+            f"multicrop: size 1 .. {LARGEST_SIZE} and filter {' or '.join(SUPPORT)} expected, "
+            f"got {size}, {filter}"
         )
     return _forward(images, offsets, sizes, boxes, flipped, size, filter == "bicubic")
 
@@ -127,7 +134,7 @@ def _matrix(low: int, high: int, extent: int, size: int, filter: Filter, like: T
     else:
         near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
         weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    return weights / weights.sum(1, keepdim=True)
+    return (weights / weights.sum(1, keepdim=True) * 2**BITS).round() / 2**BITS
 
 
 def _to_levels(x: Tensor) -> Tensor:
@@ -188,8 +195,9 @@ def _launch(
 
 
 @jit
-def _weight(x, CUBIC: tl.constexpr):
-    """Return the filter at distances x >= 0, not normalised."""
+def _weight(numerator, inverse, CUBIC: tl.constexpr):
+    """Return the filter at distances |numerator| * inverse, not normalised."""
+    x = tl.abs(numerator.to(tl.float32)) * inverse
     if CUBIC:
         near = (1.5 * x - 2.5) * x * x + 1.0
         far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
@@ -198,9 +206,9 @@ def _weight(x, CUBIC: tl.constexpr):
 
 
 @jit
-def _to_level(x):
-    """Return float32 x rounded to the nearest of 0, 1, .., 255, still as float32."""
-    return tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), 255.0)
+def _to_level(total):
+    """Return int32 sums of 22 bits after the point, rounded to 0, 1, .., 255."""
+    return tl.minimum(tl.maximum((total + (1 << 21)) >> 22, 0), 255)
 
 
 @jit
@@ -210,8 +218,9 @@ def _cut(
 ):  # fmt: skip
     """Make one tile of one crop: the horizontal pass by gathering, the vertical one as a product.
 
-    Columns of the tile are bytes as they lie in the image, channels interleaved. Positions are
-    relative to the box, so that float32 holds them well in images of any size.
+    Columns of the tile are bytes as they lie in the image, channels interleaved. Along an axis, pixel k of
+    the image and pixel q of the crop are |(2 (k - low) + 1) size - (2 q + 1) extent| / wide apart, seen by
+    the stretched filter.
     """
     program = tl.program_id(0)
     tile_x = program % tiles_x
@@ -220,65 +229,73 @@ def _cut(
     image = crop % batch
     x0 = tl.load(BOXES + 4 * crop).to(tl.int32)
     y0 = tl.load(BOXES + 4 * crop + 1).to(tl.int32)
-    x1 = tl.load(BOXES + 4 * crop + 2).to(tl.int32)
-    y1 = tl.load(BOXES + 4 * crop + 3).to(tl.int32)
+    extent_x = tl.load(BOXES + 4 * crop + 2).to(tl.int32) - x0
+    extent_y = tl.load(BOXES + 4 * crop + 3).to(tl.int32) - y0
     height, width = tl.load(SIZES + 2 * image), tl.load(SIZES + 2 * image + 1)
     flip = tl.load(FLIPPED + crop) != 0
-    reach = 2.0 if CUBIC else 1.0
+    reach = 2 if CUBIC else 1
 
-    # What the columns of the tile see: `taps` pixels each, from `first` on
+    # What the columns of the tile see: `taps_x` pixels each, from `first_x` on
     column = tile_x * TILE_X + tl.arange(0, TILE_X)
     out_x, channel = column // 3, column % 3
     column_there = out_x < size
     seen_x = tl.minimum(out_x, size - 1)
     seen_x = tl.where(flip, size - 1 - seen_x, seen_x)
-    scale_x = (x1 - x0).to(tl.float32) / size
-    stretch_x = tl.maximum(scale_x, 1.0)
-    narrow_x = 1.0 / stretch_x
-    centre_x = (seen_x.to(tl.float32) + 0.5) * scale_x
-    first = tl.floor(centre_x - reach * stretch_x + 0.5).to(tl.int32) + x0
-    first = tl.maximum(first, 0)
-    taps = tl.ceil(2.0 * reach * stretch_x).to(tl.int32)
+    wide_x = 2 * tl.maximum(extent_x, size)
+    inverse_x = 1.0 / wide_x.to(tl.float32)
+    centre_x = (2 * seen_x + 1) * extent_x
+    first_x = tl.maximum(2 * size * x0 + centre_x - reach * wide_x + size, 0) // (2 * size)
+    taps_x = (reach * wide_x + size - 1) // size
+    total_x = tl.zeros([TILE_X], tl.float32)
+    for tap in range(taps_x):
+        x = first_x + tap
+        weight = _weight((2 * (x - x0) + 1) * size - centre_x, inverse_x, CUBIC)
+        total_x += tl.where(x < width, weight, 0.0)
+    scale_x = 4194304.0 / total_x  # 2 ** BITS
 
-    # What its rows see: the pixels of rows start .. end - 1
+    # What its rows see: the same, altogether the pixels of rows start .. end - 1
     out_y = tile_y * TILE_Y + tl.arange(0, TILE_Y)
-    scale_y = (y1 - y0).to(tl.float32) / size
-    stretch_y = tl.maximum(scale_y, 1.0)
-    narrow_y = 1.0 / stretch_y
     seen_y = tl.minimum(out_y, size - 1)
-    centre_y = (seen_y.to(tl.float32) + 0.5) * scale_y
-    top = (tile_y * TILE_Y + 0.5) * scale_y
-    bottom = (tl.minimum(tile_y * TILE_Y + TILE_Y, size) - 0.5) * scale_y
-    start = tl.maximum(tl.floor(top - reach * stretch_y + 0.5).to(tl.int32) + y0, 0)
-    end = tl.minimum(tl.floor(bottom + reach * stretch_y + 0.5).to(tl.int32) + y0, height)
+    wide_y = 2 * tl.maximum(extent_y, size)
+    inverse_y = 1.0 / wide_y.to(tl.float32)
+    centre_y = (2 * seen_y + 1) * extent_y
+    first_y = tl.maximum(2 * size * y0 + centre_y - reach * wide_y + size, 0) // (2 * size)
+    total_y = tl.zeros([TILE_Y], tl.float32)
+    for tap in range((reach * wide_y + size - 1) // size):
+        y = first_y + tap
+        weight = _weight((2 * (y - y0) + 1) * size - centre_y, inverse_y, CUBIC)
+        total_y += tl.where(y < height, weight, 0.0)
+    scale_y = 4194304.0 / total_y
+    top = 2 * tile_y * TILE_Y + 1
+    bottom = 2 * tl.minimum(tile_y * TILE_Y + TILE_Y, size) - 1
+    around = 2 * size * y0 + size
+    start = tl.maximum(around + top * extent_y - reach * wide_y, 0) // (2 * size)
+    end = tl.minimum((around + bottom * extent_y + reach * wide_y) // (2 * size), height)
 
     pixels = IMAGES + tl.load(OFFSETS + image)
-    total_y = tl.zeros([TILE_Y], tl.float32)
-    blended = tl.zeros([TILE_Y, TILE_X], tl.float32)
+    coarse_sum = tl.zeros([TILE_Y, TILE_X], tl.float32)
+    fine_sum = tl.zeros([TILE_Y, TILE_X], tl.float32)
     for row_start in range(start, end, ROWS):
         # Where no pixel is, the nearest one is read and weighs nothing: no load needs a mask.
         row = row_start + tl.arange(0, ROWS)
         rows = pixels + tl.minimum(row, end - 1).to(tl.int64)[:, None] * (3 * width)
-        total_x = tl.zeros([TILE_X], tl.float32)
-        level = tl.zeros([ROWS, TILE_X], tl.float32)
-        for tap in range(taps):
-            x = first + tap
-            distance = tl.abs((x - x0).to(tl.float32) + 0.5 - centre_x) * narrow_x
-            weight = tl.where(x < width, _weight(distance, CUBIC), 0.0)
+        total = tl.zeros([ROWS, TILE_X], tl.int32)
+        for tap in range(taps_x):
+            x = first_x + tap
+            weight = _weight((2 * (x - x0) + 1) * size - centre_x, inverse_x, CUBIC)
+            weight = tl.where(x < width, tl.floor(weight * scale_x + 0.5), 0.0).to(tl.int32)
             value = tl.load(rows + (3 * tl.minimum(x, width - 1) + channel)[None, :])
-            level += value.to(tl.float32) * weight[None, :]
-            total_x += weight
-        level = _to_level(level * (1.0 / total_x)[None, :])
-        distance = tl.abs((row - y0).to(tl.float32)[None, :] + 0.5 - centre_y[:, None]) * narrow_y
-        weights = tl.where((row < end)[None, :], _weight(distance, CUBIC), 0.0)
-        total_y += tl.sum(weights, 1)
-        # Levels are exact in float16, weights as the sum of two.
-        level = level.to(tl.float16)
-        coarse = weights.to(tl.float16)
-        fine = (weights - coarse.to(tl.float32)).to(tl.float16)
-        blended += dot(coarse, level, "ieee") + dot(fine, level, "ieee")
+            total += value.to(tl.int32) * weight[None, :]
+        level = _to_level(total).to(tl.float16)
+        numerator = ((2 * (row - y0) + 1) * size)[None, :] - centre_y[:, None]
+        weight = tl.floor(_weight(numerator, inverse_y, CUBIC) * scale_y[:, None] + 0.5)
+        weight = tl.where((row < end)[None, :], weight, 0.0)
+        coarse = tl.floor(weight * (1 / 4096) + 0.5)
+        fine = weight - coarse * 4096.0  # -2048 .. 2047
+        coarse_sum += dot(coarse.to(tl.float16), level, "ieee")
+        fine_sum += dot(fine.to(tl.float16), level, "ieee")
 
-    level = _to_level(blended * (1.0 / total_y)[:, None])
+    level = _to_level(coarse_sum.to(tl.int32) * 4096 + fine_sum.to(tl.int32))
     at = (crop.to(tl.int64) * 3 + channel[None, :]) * size * size + out_y[:, None] * size
     there = (out_y < size)[:, None] & column_there[None, :]
     tl.store(CROPS + at + out_x[None, :], level.to(tl.uint8), mask=there)
