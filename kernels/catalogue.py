@@ -1,6 +1,7 @@
 """All kernels: what the tests check, the bench measures and the ahead-of-time compilation covers."""
 
 from kernels import (
+    dense_contrastive,
     dense_match,
     gaussian_blur,
     multicrop,
@@ -17,6 +18,7 @@ from kernels.spec import KernelSpec
 _MODULES = (
     queue_info_nce,
     dense_match,
+    dense_contrastive,
     soft_cross_entropy,
     prototype_cross_entropy,
     multicrop_cross_entropy,

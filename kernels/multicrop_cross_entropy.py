@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from kernels import launch
 from kernels.language import LOG2_E, ceil_div, jit, power_of_two, rounded, tl
-from kernels.row_softmax import row_statistics
+from kernels.row_softmax import exp_, log_sum, row_statistics, shared_sum
 from kernels.spec import KernelSpec
 
 
@@ -143,10 +143,10 @@ def _forward(
     s_top, t_top = s.amax(2), t.amax(2)  # [C, B], [G, B]
     s = s.sub_(s_top[..., None]).mul_(student_scale)
     t = t.sub_(t_top[..., None]).mul_(teacher_scale)
-    s_log, t_log = s.logsumexp(2), t.logsumexp(2)
+    s_log, t_log = log_sum(s), log_sum(t)
     pairs = pairs.to(s.dtype)
-    mixed = torch.einsum("cg,gbk->cbk", pairs, t.sub_(t_log[..., None]).exp_())
-    loss = s_log * pairs.sum(1)[:, None] - (mixed * s).sum(2)
+    mixed = torch.einsum("cg,gbk->cbk", pairs, exp_(t.sub_(t_log[..., None])))
+    loss = s_log * pairs.sum(1)[:, None] - shared_sum(mixed, s)
     of_teacher = torch.stack([t_top, t_log])[:, None].expand(-1, len(student), -1, -1)
     return loss, torch.stack([s_top, s_log]), of_teacher.clone()
 
@@ -173,8 +173,8 @@ def _gradient(
         return _launch_gradient(student, teacher, bias, pairs, *given)
     s, t = _unscaled(student, teacher, bias, teacher_scale)
     (s_top, s_log), (t_top, t_log) = of_student[..., None], of_teacher[:, 0, ..., None]
-    s = s.sub_(s_top).mul_(student_scale).sub_(s_log).exp_()
-    t = t.sub_(t_top).mul_(teacher_scale).sub_(t_log).exp_()
+    s = exp_(s.sub_(s_top).mul_(student_scale).sub_(s_log))
+    t = exp_(t.sub_(t_top).mul_(teacher_scale).sub_(t_log))
     pairs = pairs.to(s.dtype)
     s = s.mul_(pairs.sum(1)[:, None, None]) - torch.einsum("cg,gbk->cbk", pairs, t)
     return s.mul_(factor[..., None]).to(student.dtype)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from kernels import launch
 from kernels.language import LOG2_E, ceil_div, dot, jit, load_rows, power_of_two, rounded, tl
+from kernels.row_softmax import exp_, log_sum
 from kernels.spec import KernelSpec
 
 LARGEST_D = 256  # of Triton's tiles
@@ -118,9 +119,9 @@ def _forward(
         return _launch_forward(tq, tk, sq, sk, teacher_scale, student_scale)
     t, t_top, t_log = _log_softmax(tq, tk, teacher_scale)
     s, s_top, s_log = _log_softmax(sq, sk, student_scale)
-    target = t.exp_()
+    target = exp_(t)
     loss = -(target * s).sum(3)
-    gradient = (s.exp_().sub_(target) @ sk.to(s.dtype)).mul_(student_scale)
+    gradient = (exp_(s).sub_(target) @ sk.to(s.dtype)).mul_(student_scale)
     return loss, torch.stack([t_top, t_log, s_top, s_log]), gradient.to(sq.dtype)
 
 
@@ -144,7 +145,7 @@ def _to_keys(
         return _launch_keys(tq, tk, sq, sk, statistics, grad, teacher_scale, student_scale)
     t, _, _ = _log_softmax(tq, tk, teacher_scale)
     s, _, _ = _log_softmax(sq, sk, student_scale)
-    difference = s.exp_().sub_(t.exp_()).mul_(grad[..., None])
+    difference = exp_(s).sub_(exp_(t)).mul_(grad[..., None])
     return (difference.transpose(2, 3) @ sq.to(s.dtype)).mul_(student_scale).to(sk.dtype)
 
 
@@ -154,7 +155,7 @@ def _log_softmax(queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, T
     logits = (queries.to(precise) @ keys.to(precise).transpose(2, 3)).mul_(scale)
     top = logits.amax(3)
     logits.sub_(top[..., None])
-    log = logits.logsumexp(3)
+    log = log_sum(logits)
     return logits.sub_(log[..., None]), top, log
 
 

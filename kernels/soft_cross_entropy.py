@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from kernels import launch
 from kernels.language import LOG2_E, ceil_div, jit, power_of_two, rounded, tl
-from kernels.row_softmax import row_statistics
+from kernels.row_softmax import exp_, log_sum, row_statistics, shared_sum
 from kernels.spec import KernelSpec
 
 ELEMENTS_AT_ONCE = 2**20  # of the reference behind the operators: 4 MB in float32, within a cache
@@ -130,10 +130,9 @@ def _forward(
         s_top, t_top = s.amax(1), t.amax(1)
         s = s.sub_(s_top[:, None]).mul_(student_scale)
         t = t.sub_(t_top[:, None]).mul_(teacher_scale)
-        s_log, t_log = s.logsumexp(1), t.logsumexp(1)
+        s_log, t_log = log_sum(s), log_sum(t)
         statistics[:, rows] = torch.stack([s_top, s_log, t_top, t_log])
-        share = t.sub_(t_log[:, None]).exp_()
-        loss[rows] = s_log - torch.where(share == 0, 0, share * s).sum(1)
+        loss[rows] = s_log - shared_sum(exp_(t.sub_(t_log[:, None])), s)
     return loss if weight is None else torch.where(weight == 0, 0, loss * weight), statistics
 
 
@@ -226,8 +225,8 @@ def _write_gradient(
         return
     for rows, s, t in _row_blocks(student, teacher, bias, teacher_scale):
         s_top, s_log, t_top, t_log = statistics[:, rows, None]
-        s = s.sub_(s_top).mul_(student_scale).sub_(s_log).exp_()
-        t = t.sub_(t_top).mul_(teacher_scale).sub_(t_log).exp_()
+        s = exp_(s.sub_(s_top).mul_(student_scale).sub_(s_log))
+        t = exp_(t.sub_(t_top).mul_(teacher_scale).sub_(t_log))
         of_rows = factor[rows, None]
         out[rows] = torch.where(of_rows == 0, 0, s.sub_(t).mul_(of_rows)).to(out.dtype)
 

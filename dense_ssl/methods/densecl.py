@@ -23,6 +23,7 @@ from dense_ssl.distributed import BatchShuffle, cat_carries
 from dense_ssl.methods.method import Method, MethodConfig, Output, ParamGroup, Step, ema_
 from dense_ssl.methods.moco import (
     MOCO_V2_VIEWS,
+    as_autocast,
     encoder_pair,
     info_nce,
     warn_if_nothing_to_shuffle,
@@ -30,6 +31,7 @@ from dense_ssl.methods.moco import (
 from dense_ssl.methods.parts import KeyQueue, mlp_head, unit
 from dense_ssl.schedule import Number, Schedule
 from dense_ssl.views import ViewSpec
+from kernels.dense_contrastive import matched_info_nce
 from kernels.dense_match import dense_match
 
 
@@ -54,9 +56,8 @@ def dense_info_nce(d_q: Tensor, d_k: Tensor, match: Tensor, queue: Tensor, T: fl
     d_q, d_k [B, N, D] and queue [K, D] are unit vectors, match [B, N] is the key cell of each query
     cell. Gradients flow to d_q only.
     """
-    images, cells = d_k.shape[:2]
-    first = torch.arange(images, device=match.device)[:, None] * cells  # of each image, flattened
-    return info_nce(d_q.flatten(0, 1), d_k.flatten(0, 1), queue, T, (match + first).flatten())
+    d_q, d_k, queue = as_autocast(d_q, d_k, queue)
+    return matched_info_nce(d_q, d_k, match, queue, T).mean()
 
 
 def lambda_at(iter: int, lam: float, start: int) -> float:

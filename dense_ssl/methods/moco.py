@@ -53,18 +53,19 @@ class MoCoConfig(MethodConfig):
     momentum: Number = Schedule(start=0.999, shape="constant")
 
 
-def info_nce(
-    q: Tensor, positive: Tensor, queue: Tensor, temperature: float, index: Tensor | None = None
-) -> Tensor:
+def info_nce(q: Tensor, positive: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Mean cross-entropy of picking the positive among it and the queue (arXiv:1911.05722, eq. 1).
 
-    q [N, D], positive [N, D] (or [M, D] with the row of each query's in index [N]) and queue [K, D] are
-    unit vectors. Gradients flow to q only. Autocast on CUDA rounds the vectors, never their products.
+    q and positive [N, D] and queue [K, D] are unit vectors. Gradients flow to q only.
     """
-    if q.is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-        q, positive, queue = q.to(dtype), positive.to(dtype), queue.to(dtype)
-    return queue_info_nce(q, positive, queue, temperature, index).mean()
+    return queue_info_nce(*as_autocast(q, positive, queue), temperature).mean()
+
+
+def as_autocast(*vectors: Tensor) -> list[Tensor]:
+    """Return the vectors in the dtype of CUDA's autocast where it is on: rounded, as no product will be."""
+    if vectors[0].is_cuda and torch.is_autocast_enabled("cuda"):
+        return [x.to(torch.get_autocast_dtype("cuda")) for x in vectors]
+    return list(vectors)
 
 
 def encoder_pair(build: Callable[[], nn.ModuleDict]) -> tuple[nn.ModuleDict, nn.ModuleDict]:
