@@ -82,7 +82,7 @@ class Ramp(Config):
         """Return the value of the epoch that a step is in."""
         epoch = math.floor(step.epoch) - self.wait_epochs
         if epoch >= self.warmup_epochs:
-            return self.start if epoch < 0 else self.end
+            return self.end
         share = max(epoch, 0) / (self.warmup_epochs - 1) if self.warmup_epochs > 1 else 0.0
         return self.start + (self.end - self.start) * share
 

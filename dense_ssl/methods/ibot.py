@@ -13,15 +13,15 @@ Deviates: only masked patches go through the last layer, and centres move by pro
 which is the same mean of logits; masks are drawn per (seed, epoch, image, crop), and for global crops only.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dense_ssl.backbones import Backbone, BackboneConfig, ViTBackbone, make_backbone
+from dense_ssl.backbones import Backbone, BackboneConfig, Features, ViTBackbone, make_backbone
 from dense_ssl.config import UserError
-from dense_ssl.crops import Crops, MultiCropBatch
+from dense_ssl.crops import MultiCropBatch
 from dense_ssl.methods.ibot_objective import (
     Count,
     IBotObjective,
@@ -29,7 +29,7 @@ from dense_ssl.methods.ibot_objective import (
     PatchDistillationConfig,
     SelfDistillationConfig,
 )
-from dense_ssl.methods.masks import PatchRows, draw_masks, on_device
+from dense_ssl.methods.masks import PatchMasking, PatchRows
 from dense_ssl.methods.method import (
     Method,
     MethodConfig,
@@ -85,11 +85,6 @@ class IBotConfig(PatchDistillationConfig):
     views: tuple[ViewSpec, ...] = dino_views((0.25, 1.0), (0.05, 0.25), 10)
 
 
-def masked_patches(patches: Tensor, mask: Tensor, token: Tensor) -> Tensor:
-    """Return patch embeddings [B, h, w, D] with `token` [1, D] where mask [B, h, w] is true."""
-    return torch.where(mask[..., None], token.to(patches.dtype), patches)
-
-
 class IBot(Method):
     """iBOT on a ViT; with a `DinoConfig` DINO, on a ViT or a ResNet."""
 
@@ -101,34 +96,20 @@ class IBot(Method):
         self.config = config
         self.objective = IBotObjective(config)
         self.student, self.teacher = distillation_pair(config.backbone, self.objective)
-        backbone, _ = parts_of(self.student)
+        backbone: Any = self.student["backbone"]
         check_views(config, backbone)
-        self.mask_token = None
+        self.masking = None
         if isinstance(config, IBotConfig):
             require_vit(backbone, config.name)
-            self.mask_token = nn.Parameter(torch.zeros(1, backbone.dim))
+            self.masking = PatchMasking(config.mask, backbone.dim)
 
     def forward(self, batch: MultiCropBatch, step: Step) -> Output:
         """Return the loss of all views; only the student's global crops are masked."""
-        views = dict(batch.views)
-        images = views.pop("global").images  # [G, B, 3, S, S]
-        crops, flat = len(images), images.flatten(0, 1)
-        teacher, teacher_head = parts_of(self.teacher)
-        with torch.no_grad():
-            targets = self.objective.targets(teacher_head, teacher(flat), crops)
-        backbone, head = parts_of(self.student)
-        if self.mask_token is None:
-            features, rows = backbone(flat), None
-        else:
-            assert isinstance(self.config, IBotConfig)
-            patches = backbone.embed(flat)  # [G * B, h, w, D]
-            grid = (patches.shape[1], patches.shape[2])
-            masks = draw_masks(self.config.mask, step, batch.index, crops, grid)
-            rows = PatchRows.of(masks, flat.device)
-            mask = on_device(masks, flat.device).flatten(0, 1)
-            features = backbone.encode(masked_patches(patches, mask, self.mask_token))
-        cls = torch.cat([features.cls[:, 0].unflatten(0, (crops, -1)), *local_cls(backbone, views)])
-        losses = self.objective.losses(head, cls, features.dense, rows, targets, step)
+        encoded = encode_views(self.student, self.teacher, self.masking, batch, step)
+        targets = self.objective.targets(head_of(self.teacher), encoded.teacher, encoded.crops)
+        losses = self.objective.losses(
+            head_of(self.student), encoded.cls(), encoded.student.dense, encoded.rows, targets, step
+        )
         logs = {name: loss.detach() for name, loss in losses.items()}
         return Output(self.objective.total(losses), logs, carry=targets.means)
 
@@ -155,22 +136,58 @@ def distillation_pair(
     return student, teacher_of(student, build(backbone.model_copy(update={"drop_path": 0.0})))
 
 
-def parts_of(network: nn.ModuleDict) -> tuple[Any, PrototypeHead]:
-    """Return the backbone and the head of a student or a teacher."""
+def head_of(network: nn.ModuleDict) -> PrototypeHead:
+    """Return the prototype head of a student or a teacher."""
     head = network["head"]
     assert isinstance(head, PrototypeHead)
-    return network["backbone"], head
+    return head
 
 
-def local_cls(backbone: nn.Module, views: Mapping[str, Crops]) -> list[Tensor]:
-    """Return class tokens [V, B, D] of each view, its crops encoded as one batch, unmasked."""
-    encoded = [(len(view.images), backbone(view.images.flatten(0, 1))) for view in views.values()]
-    return [features.cls[:, 0].unflatten(0, (crops, -1)) for crops, features in encoded]
+class Encoded(NamedTuple):
+    """One micro-batch through both networks; G global crops of B images, crop-major."""
+
+    crops: int  # G
+    teacher: Features  # of the global crops, [G * B, ...], without gradient
+    student: Features  # of the same, some patches masked
+    rows: PatchRows | None  # which
+    local: tuple[Features, ...]  # the student's of every further view, [V * B, ...], unmasked
+
+    def cls(self) -> Tensor:
+        """Return the student's class tokens of all crops, [V, B, D], the global ones first."""
+        batch = len(self.student.cls) // self.crops
+        tokens = [features.cls[:, 0] for features in (self.student, *self.local)]
+        return torch.cat(tokens).unflatten(0, (-1, batch))
+
+
+def encode_views(
+    student: nn.ModuleDict,
+    teacher: nn.ModuleDict,
+    masking: PatchMasking | None,
+    batch: MultiCropBatch,
+    step: Step,
+) -> Encoded:
+    """Return features of all views, the crops of a view (all of one size) as one batch.
+
+    The teacher sees global crops as they are; no masking: so does the student.
+    """
+    views = dict(batch.views)
+    images = views.pop("global").images  # [G, B, 3, S, S]
+    crops, flat = len(images), images.flatten(0, 1)
+    with torch.no_grad():
+        targets = teacher["backbone"](flat)
+    backbone: Any = student["backbone"]
+    if masking is None:
+        features, rows = backbone(flat), None
+    else:
+        patches, rows = masking(backbone.embed(flat), batch.index, step, crops)
+        features = backbone.encode(patches)
+    local = tuple(backbone(view.images.flatten(0, 1)) for view in views.values())
+    return Encoded(crops, targets, features, rows, local)
 
 
 def groups_with_frozen_last_layers(method: Method, epochs: float) -> list[ParamGroup]:
     """Return biases and norms, all else, and the student's prototypes, which rest for some epochs."""
-    last = parts_of(method.student)[1].last_layers()
+    last = head_of(method.student).last_layers()
     resting = {id(p) for p in last}
     trained = [p for p in method.parameters() if p.requires_grad and id(p) not in resting]
     return [

@@ -16,7 +16,7 @@ import numba as nb
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from dense_ssl.config import Config
 from dense_ssl.rng import fold_np, key_of, uniform
@@ -72,6 +72,32 @@ class PatchRows:
             on_device(np.flatnonzero(flat), device),
             on_device(weight[crop].astype(np.float32), device),
         )
+
+
+class PatchMasking(nn.Module):
+    """Puts a learned vector in the place of patches that are masked, before positions are added."""
+
+    def __init__(self, config: MaskConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.token = nn.Parameter(torch.zeros(1, dim))
+
+    def forward(
+        self, patches: Tensor, index: Tensor, step: Step, crops: int
+    ) -> tuple[Tensor, PatchRows]:
+        """Return patch embeddings [V * B, h, w, D] with some masked, and which of them are.
+
+        V is `crops`, and index [B], on the host, says which images these are.
+        """
+        grid = (patches.shape[1], patches.shape[2])
+        masks = draw_masks(self.config, step, index, crops, grid)
+        mask = on_device(masks, patches.device).flatten(0, 1)
+        return masked_patches(patches, mask, self.token), PatchRows.of(masks, patches.device)
+
+
+def masked_patches(patches: Tensor, mask: Tensor, token: Tensor) -> Tensor:
+    """Return patch embeddings [B, h, w, D] with `token` [1, D] where mask [B, h, w] is true."""
+    return torch.where(mask[..., None], token.to(patches.dtype), patches)
 
 
 def on_device(values: np.ndarray, device: torch.device) -> Tensor:

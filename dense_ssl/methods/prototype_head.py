@@ -80,7 +80,7 @@ class PrototypeHead(nn.Module):
 
     def patch_prototypes(self) -> Tensor:
         """Return the prototypes of patches, [patch_out_dim or out_dim, bottleneck_dim]."""
-        return (self.last_layer2 or self.last_layer)()
+        return self.last_layer() if self.last_layer2 is None else self.last_layer2()
 
     def last_layers(self) -> list[nn.Parameter]:
         """Return the trained parameters of all prototypes: what stays frozen in the first epochs."""
