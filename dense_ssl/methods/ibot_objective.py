@@ -159,24 +159,32 @@ class IBotObjective(nn.Module):
         rows: PatchRows | None,
         targets: Targets,
         step: Step,
+        kept: PatchRows | None = None,
     ) -> dict[str, Tensor]:
-        """Return {"cls", "patch"} (DINO: {"cls"}), unweighted.
+        """Return {"cls", "patch"} (DINO: {"cls"}; with `kept` also "dc"), unweighted.
 
         cls [V, B, D] are the student's class tokens of all crops, the targets' first; dense [G * B, N, D]
-        its patch tokens of those, and `rows` which of them count and how much.
+        its patch tokens of those, and `rows` which of them count and how much. "dc" is the patch loss
+        over other patches, `kept`.
         """
         crops = cls.shape[:2]
-        features = cls.flatten(0, 1)
-        if dense is not None and rows is not None:
-            features = torch.cat([features, dense.flatten(0, 1).index_select(0, rows.rows)])
-        features = head.project(features)  # one pass of the MLP for all that goes through it
-        of_cls, of_patches = features.tensor_split([crops[0] * crops[1]])
+        wanted = {
+            name: taken for name, taken in (("patch", rows), ("dc", kept)) if taken is not None
+        }
+        chosen = []
+        if dense is not None:
+            patches = dense.flatten(0, 1)
+            chosen = [patches.index_select(0, taken.rows) for taken in wanted.values()]
+        # One pass of the MLP for all that goes through it.
+        features = head.project(torch.cat([cls.flatten(0, 1), *chosen]))
+        of_cls, *of_patches = features.split([crops[0] * crops[1], *map(len, chosen)])
         prototypes = head.prototypes()
         logits = F.linear(of_cls, prototypes.to(of_cls.dtype)).unflatten(0, crops)
         result = {"cls": self.cls_loss(logits, targets.cls, step)}
-        if rows is not None:
+        if of_patches:
             own = prototypes if head.last_layer2 is None else head.patch_prototypes()
-            result["patch"] = self.patch_loss(of_patches, own, targets, rows, step)
+            for (name, taken), student in zip(wanted.items(), of_patches, strict=True):
+                result[name] = self.patch_loss(student, own, targets, taken, step)
         return result
 
     def cls_loss(self, student: Tensor, teacher: Tensor, step: Step) -> Tensor:

@@ -3,7 +3,7 @@
 A mask is drawn per image and crop, on the host, as a pure function of (seed, epoch, image, crop): ranks and
 resumed runs agree without talking. Each sampler is written once, over the draws it needs, and made twice:
 compiled, over this project's counter-based numbers, and in Python over `random.Random` and numpy's legacy
-generator, where it repeats the published masks bit for bit.
+generator, where it repeats the published masks bit for bit. (The sampler of region masks is in `rcc`.)
 """
 
 import math
@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dense_ssl.config import Config
+from dense_ssl.methods.rcc import box_sampler, cut_sampler, rcc_sampler
 from dense_ssl.rng import fold_np, key_of, uniform
 from dense_ssl.schedule import Step
 
@@ -35,7 +36,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class MaskConfig(Config):
     """How patches are masked; defaults are iBOT's: none half of the time, else 10 to 50 % in blocks."""
 
-    shape: Literal["block", "random"] = "block"
+    shape: Literal["block", "random", "rcc", "rcc_unbiased"] = "block"  # rcc: as de-coupling draws
     ratio: tuple[Share, ...] = (0.0, 0.3)  # one is chosen per crop, each as probable
     spread: tuple[Share, ...] = (0.0, 0.2)  # half-width around each ratio, uniform
     start_epoch: Annotated[int, Field(ge=0)] = 0  # no masks before this epoch
@@ -215,9 +216,12 @@ def _shuffle(rng, values):  # noqa: ANN001, ANN202
 
 
 _draw_ratio = nb.njit(_ratio_sampler(_uniform, _choice))
+_boxes, _cut = nb.njit(box_sampler(_uniform)), nb.njit(cut_sampler(_uniform))
 _SAMPLERS = {
     "block": nb.njit(_block_sampler(_uniform, _randint)),
     "random": nb.njit(_random_sampler(_shuffle)),
+    "rcc": nb.njit(rcc_sampler(_boxes, _cut, reach=0)),
+    "rcc_unbiased": nb.njit(rcc_sampler(_boxes, _cut, reach=1)),
 }
 
 
