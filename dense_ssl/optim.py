@@ -129,10 +129,13 @@ def clip_gradients(optimizer: Optimizer, config: ClipConfig | None) -> None:
     if config.kind == "global":
         nn.utils.clip_grad_norm_(params, config.norm, foreach=True)
         return
-    grads = [p.grad for p in params]
-    norms = torch._foreach_norm(grads)
-    factors = torch._foreach_add(norms, 1e-6)  # 1e-6: DINO's guard against a zero norm
+    clip_each_([p.grad for p in params if p.grad is not None], config.norm)
+
+
+def clip_each_(grads: list[Tensor], norm: float) -> None:
+    """Multiply each gradient by min(1, norm / (its own norm + 1e-6)), in place (DINO)."""
+    factors = torch._foreach_add(torch._foreach_norm(grads), 1e-6)
     torch._foreach_reciprocal_(factors)
-    torch._foreach_mul_(factors, config.norm)
+    torch._foreach_mul_(factors, norm)
     torch._foreach_clamp_max_(factors, 1.0)
     torch._foreach_mul_(grads, factors)

@@ -36,6 +36,7 @@ from dense_ssl.methods.method import (
     Output,
     ParamGroup,
     Step,
+    decay_groups,
     ema_,
     teacher_of,
 )
@@ -189,12 +190,8 @@ def groups_with_frozen_last_layers(method: Method, epochs: float) -> list[ParamG
     """Return biases and norms, all else, and the student's prototypes, which rest for some epochs."""
     last = head_of(method.student).last_layers()
     resting = {id(p) for p in last}
-    trained = [p for p in method.parameters() if p.requires_grad and id(p) not in resting]
-    return [
-        ParamGroup([p for p in trained if p.ndim > 1], name="decay"),
-        ParamGroup([p for p in trained if p.ndim <= 1], decay=0.0, name="no_decay"),
-        ParamGroup(last, frozen_epochs=epochs, name="last_layer"),
-    ]
+    trained = (p for p in method.parameters() if p.requires_grad and id(p) not in resting)
+    return [*decay_groups(trained), ParamGroup(last, frozen_epochs=epochs, name="last_layer")]
 
 
 def check_views(config: MethodConfig, backbone: Backbone) -> None:

@@ -5,7 +5,7 @@ the next forward" and "after this step" are the same sequence of weights; so are
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,16 @@ from dense_ssl.crops import MultiCropBatch
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec
 
-__all__ = ["Method", "MethodConfig", "Output", "ParamGroup", "Step", "ema_", "teacher_of"]
+__all__ = [
+    "Method",
+    "MethodConfig",
+    "Output",
+    "ParamGroup",
+    "Step",
+    "decay_groups",
+    "ema_",
+    "teacher_of",
+]
 
 
 class MethodConfig(Config):
@@ -67,11 +76,16 @@ class Method(nn.Module, ABC):
 
     def param_groups(self) -> list[ParamGroup]:
         """Return every trained parameter in one group each; by default biases and norms do not decay."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return [
-            ParamGroup([p for p in trained if p.ndim > 1], name="decay"),
-            ParamGroup([p for p in trained if p.ndim <= 1], decay=0.0, name="no_decay"),
-        ]
+        return decay_groups(p for p in self.parameters() if p.requires_grad)
+
+
+def decay_groups(params: Iterable[nn.Parameter]) -> list[ParamGroup]:
+    """Return parameters that decay, and those with one axis, biases and norms, that do not."""
+    params = list(params)
+    return [
+        ParamGroup([p for p in params if p.ndim > 1], name="decay"),
+        ParamGroup([p for p in params if p.ndim <= 1], decay=0.0, name="no_decay"),
+    ]
 
 
 @torch.no_grad()

@@ -1,55 +1,19 @@
-"""The published functions under their agreed names and in their axis order, for checks from outside.
+"""Functions of MoCo and DenseCL.
 
-Each is a thin view of the function that training or evaluation really uses; `docs/methods.md` lists
-them. Conventions here are the official codes': channels before cells ([B, C, P]), queues as columns
-([D, K]), raw inputs that the function normalises.
+Conventions are the official codes': channels before cells ([B, C, P]), queues as columns ([D, K]), raw
+inputs that the function normalises.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dense_ssl.backbones.features import tokens_from_map
-from dense_ssl.distributed import shuffle_indices, unshuffle_indices
-from dense_ssl.evaluation.knn import knn_classify
-from dense_ssl.evaluation.voc import (
-    average_precision,
-    specified_pool,
-    svm_cost_grid,
-    voc_ap_11point,
-)
-from dense_ssl.layouts import extract_backbone, to_detectron2, to_detectron2_name
 from dense_ssl.methods import densecl, moco
-from dense_ssl.methods.densecl import lambda_at
-from dense_ssl.methods.method import ema_
 from dense_ssl.methods.parts import mlp_head, unit
-from dense_ssl.schedule import cosine_lr
 from kernels.dense_match import dense_match as dense_match_kernel
-
-__all__ = [
-    "average_precision",
-    "cosine_lr",
-    "dense_info_nce",
-    "dense_match",
-    "densecl_losses",
-    "densecl_neck",
-    "ema_update",
-    "enqueue",
-    "extract_backbone",
-    "global_info_nce",
-    "knn_classify",
-    "lambda_at",
-    "moco_logits",
-    "shuffle_indices",
-    "specified_pool",
-    "svm_cost_grid",
-    "to_detectron2",
-    "to_detectron2_name",
-    "unshuffle_indices",
-    "voc_ap_11point",
-]
 
 
 def moco_logits(q: Tensor, k: Tensor, queue: Tensor, T: float) -> tuple[Tensor, Tensor]:
@@ -121,12 +85,3 @@ def enqueue(queue: Tensor, ptr: int, keys: Tensor) -> int:
     at = (ptr + torch.arange(len(keys), device=queue.device)) % length
     queue[:, at] = keys.T.to(queue.dtype)
     return (ptr + len(keys)) % length
-
-
-def ema_update(params_k: Sequence[Tensor], params_q: Sequence[Tensor], m: float) -> None:
-    """Move every tensor of params_k to params_k * m + params_q * (1 - m), in place."""
-    ema_(_bag(params_k), _bag(params_q), m)
-
-
-def _bag(tensors: Sequence[Tensor]) -> nn.ParameterList:
-    return nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in tensors)

@@ -1,0 +1,80 @@
+"""The published functions under their agreed names and in their axis order, for checks from outside.
+
+Each is a thin view of the function that training or evaluation really uses; `docs/methods.md` lists
+them. Axis order and layouts are the official codes'.
+"""
+
+from dense_ssl.distributed import shuffle_indices, unshuffle_indices
+from dense_ssl.evaluation.knn import knn_classify
+from dense_ssl.evaluation.voc import (
+    average_precision,
+    specified_pool,
+    svm_cost_grid,
+    voc_ap_11point,
+)
+from dense_ssl.layouts import extract_backbone, to_detectron2, to_detectron2_name
+from dense_ssl.methods.densecl import lambda_at
+from dense_ssl.methods.masks import block_mask, draw_ratio, random_mask
+from dense_ssl.parity.contrastive import (
+    dense_info_nce,
+    dense_match,
+    densecl_losses,
+    densecl_neck,
+    enqueue,
+    global_info_nce,
+    moco_logits,
+)
+from dense_ssl.parity.distillation import (
+    dino_loss,
+    ibot_head,
+    ibot_loss,
+    interpolate_pos,
+    update_center,
+    vit_forward,
+)
+from dense_ssl.parity.training import (
+    cancel_last_layer,
+    clip_per_tensor,
+    cosine_schedule,
+    ema_update,
+    param_groups,
+    teacher_temps,
+)
+from dense_ssl.schedule import cosine_lr
+
+__all__ = [
+    "average_precision",
+    "block_mask",
+    "cancel_last_layer",
+    "clip_per_tensor",
+    "cosine_lr",
+    "cosine_schedule",
+    "dense_info_nce",
+    "dense_match",
+    "densecl_losses",
+    "densecl_neck",
+    "dino_loss",
+    "draw_ratio",
+    "ema_update",
+    "enqueue",
+    "extract_backbone",
+    "global_info_nce",
+    "ibot_head",
+    "ibot_loss",
+    "interpolate_pos",
+    "knn_classify",
+    "lambda_at",
+    "moco_logits",
+    "param_groups",
+    "random_mask",
+    "shuffle_indices",
+    "specified_pool",
+    "svm_cost_grid",
+    "teacher_temps",
+    "to_detectron2",
+    "to_detectron2_name",
+    "unshuffle_indices",
+    "update_center",
+    "vit_forward",
+    "voc_ap_11point",
+]
