@@ -1,9 +1,12 @@
 """One scene: a lit backdrop, objects placed from far to near, their shadows, and who owns each pixel.
 
-A scene is a pure function of (seed, index). Colours of backdrop and objects come from one pool per
-scene as often as not, so neither colour nor brightness gives an object away.
+A scene is a pure function of (seed, index). As in the world, things have a look of their own: most
+objects of a class wear its usual hue and texture, and a scene is mostly of one kind of thing. The rest
+takes any colour, from the same pool as the backdrop as often as not, so that neither colour nor
+brightness gives an object away.
 """
 
+import colorsys
 import math
 from dataclasses import dataclass
 
@@ -27,6 +30,8 @@ from dataprep.scene_textures import sample, texture
 SIZES = ((256, 256), (256, 320), (320, 256), (288, 288), (256, 288))  # (height, width)
 MIN_VISIBLE_PX = 60  # an object with less to see is not placed
 MIN_VISIBLE_SHARE = 0.3  # of its own outline inside the image
+USUAL = 0.75  # share of objects with their class's hue, of those with its texture, of a scene's kind
+HUE_SPREAD = 0.03  # standard deviation of a class's usual hue, in turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +63,24 @@ def paint_scene(seed: int, index: int) -> Scene:
     canvas, horizon = backdrop(rng, height, width, light, pool)
     owner = np.zeros((height, width), np.uint8)
     categories: list[int] = []
+    kind = CLASSES[int(rng.integers(len(CLASSES)))].supercategory
     depths = np.sort(rng.random(int(rng.integers(4, 10))))[::-1].tolist()  # far objects first
     for depth in depths:
-        category = int(rng.integers(len(CLASSES)))
+        category = _draw_category(rng, kind)
         for _ in range(3):  # places that would hide too much of an earlier object are given up
             place = _draw_place(rng, CLASSES[category], depth, horizon, height, width)
             if _paint_object(rng, canvas, owner, len(categories) + 1, category, place, light, pool):
                 categories.append(category)
                 break
     return Scene(_develop(rng, canvas), owner, tuple(categories))
+
+
+def _draw_category(rng: np.random.Generator, kind: str) -> int:
+    """A class of the scene's kind as a rule, else any."""
+    alike = [number for number, shape in enumerate(CLASSES) if shape.supercategory == kind]
+    if rng.random() < USUAL:
+        return alike[int(rng.integers(len(alike)))]
+    return int(rng.integers(len(CLASSES)))
 
 
 def _draw_place(
@@ -160,17 +174,24 @@ def _object_colours(
     rng: np.random.Generator, shape: ShapeClass, surface: Surface, radius: float, pool: list[Colour]
 ) -> np.ndarray:
     """Colour of every pixel before light, float32 [3, h, w]."""
-    base = pick(rng, pool)
+    base = _usual_colour(rng, shape) if rng.random() < USUAL else pick(rng, pool)
     second = contrasting(rng, base)
     accent = contrasting(rng, base) if rng.random() < 0.5 else pick(rng, pool)
     scale = rng.uniform(0.8, 1.3) * (45 + 0.35 * radius)  # texels per object unit
     s = surface.s * scale + rng.uniform(1000, 1512)
     t = surface.t * scale + rng.uniform(1000, 1512)
-    value = texture(shape.textures[int(rng.integers(len(shape.textures)))], s, t)
+    usual = rng.random() < USUAL
+    value = texture(shape.textures[0 if usual else int(rng.integers(len(shape.textures)))], s, t)
     colours = mix(base, second, value * rng.uniform(0.4, 1))
     for plane, value in zip(colours, accent):
         plane += surface.mark * (value - plane)
     return colours
+
+
+def _usual_colour(rng: np.random.Generator, shape: ShapeClass) -> Colour:
+    """A colour of the class's hue; lighter or darker, more or less pale."""
+    hue = CLASSES.index(shape) * 0.381966 + rng.normal(0, HUE_SPREAD)  # far apart on the circle
+    return colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.35, 0.9), rng.uniform(0.3, 0.95))
 
 
 def _lit(

@@ -22,7 +22,7 @@ class ShapeClass:
     supercategory: str
     draw: Callable[[Field, Field, np.random.Generator], Surface]
     upright: bool  # stands on its base; others lie at any angle
-    textures: tuple[str, ...]
+    textures: tuple[str, ...]  # the usual one first
 
 
 def _ball(u: Field, v: Field, rng: np.random.Generator) -> Surface:
@@ -306,17 +306,17 @@ def _bird(u: Field, v: Field, rng: np.random.Generator) -> Surface:
 
 
 CLASSES: tuple[ShapeClass, ...] = (
-    ShapeClass("ball", "toy", _ball, False, ("cloud", "dots", "marble", "patches", "grain")),
-    ShapeClass("ring", "toy", _ring, False, ("grain", "cloud", "weave", "dots")),
-    ShapeClass("star", "toy", _star, False, ("cloud", "stone", "dots", "weave")),
-    ShapeClass("cone", "toy", _cone, True, ("grain", "cloud", "stone")),
-    ShapeClass("crate", "container", _crate, True, ("fibre", "planks", "weave", "stone")),
+    ShapeClass("ball", "toy", _ball, False, ("dots", "cloud", "marble", "patches", "grain")),
+    ShapeClass("ring", "toy", _ring, False, ("weave", "grain", "cloud", "dots")),
+    ShapeClass("star", "toy", _star, False, ("stone", "cloud", "dots", "weave")),
+    ShapeClass("cone", "toy", _cone, True, ("cloud", "grain", "stone")),
+    ShapeClass("crate", "container", _crate, True, ("planks", "fibre", "weave", "stone")),
     ShapeClass("can", "container", _can, True, ("stripes", "dots", "cloud", "tiles")),
-    ShapeClass("bottle", "container", _bottle, True, ("cloud", "marble", "grain", "stripes")),
+    ShapeClass("bottle", "container", _bottle, True, ("marble", "cloud", "grain", "stripes")),
     ShapeClass("gear", "tool", _gear, False, ("grain", "stone", "fibre", "patches")),
-    ShapeClass("leaf", "plant", _leaf, False, ("cloud", "stone", "cracks", "patches")),
+    ShapeClass("leaf", "plant", _leaf, False, ("cracks", "cloud", "stone", "patches")),
     ShapeClass("flower", "plant", _flower, False, ("fibre", "cloud", "grain", "stripes")),
-    ShapeClass("mushroom", "plant", _mushroom, True, ("cloud", "grain", "stone", "fibre")),
+    ShapeClass("mushroom", "plant", _mushroom, True, ("patches", "cloud", "grain", "stone", "fibre")),
     ShapeClass("fish", "animal", _fish, False, ("scales", "stripes", "cells", "spots")),
     ShapeClass("beast", "animal", _beast, True, ("spots", "patches", "stripes", "fibre", "cracks")),
     ShapeClass("bird", "animal", _bird, True, ("blades", "fibre", "scales", "grain")),

@@ -26,7 +26,7 @@ from dataprep.outlines import mask_to_polygons
 from dataprep.scene_painting import paint_scene
 from dataprep.scene_shapes import CLASSES
 
-FORMAT = "scenes/1"  # to be raised when the pictures change
+FORMAT = "scenes/2"  # to be raised when the pictures change
 OPTIONS = "scenes.json"
 JPEG_QUALITY = 92
 _SPLITS = ("train2017", "val2017")
