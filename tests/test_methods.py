@@ -13,6 +13,7 @@ from dense_ssl.methods import METHODS, make_method
 from dense_ssl.methods.densecl import DenseCLConfig
 from dense_ssl.methods.ibot import DinoConfig, IBotConfig
 from dense_ssl.methods.moco import MoCoConfig
+from dense_ssl.methods.sere import SereConfig
 from dense_ssl.optim import OptimConfig, make_optimizer
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec, draw_epoch
@@ -41,6 +42,11 @@ CONFIGS |= {
     "ibot-apart": IBotConfig(
         **PROTOTYPES, backbone=DINO_VIT, patch_out_dim=20, norm_last_layer=True
     ),
+}
+RELATED = {"overlap_size": (5, 5), "local_overlap_size": 2}
+CONFIGS |= {
+    "sere": SereConfig(**PROTOTYPES, **RELATED, backbone=DINO_VIT),
+    "sere-global": SereConfig(**PROTOTYPES | {"views": MULTI_CROP[:1]}, backbone=DINO_VIT),
 }
 
 

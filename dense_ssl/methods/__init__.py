@@ -9,6 +9,7 @@ from dense_ssl.methods.densecl import DenseCL, DenseCLConfig
 from dense_ssl.methods.ibot import DinoConfig, IBot, IBotConfig
 from dense_ssl.methods.method import Method, MethodConfig, Output, ParamGroup, Step
 from dense_ssl.methods.moco import MoCo, MoCoConfig
+from dense_ssl.methods.sere import Sere, SereConfig
 
 __all__ = [
     "METHODS",
@@ -24,10 +25,16 @@ __all__ = [
 
 logger = logging.getLogger("dense_ssl")
 
-METHODS: dict[str, type[Method]] = {"moco": MoCo, "densecl": DenseCL, "ibot": IBot, "dino": IBot}
+METHODS: dict[str, type[Method]] = {
+    "moco": MoCo,
+    "densecl": DenseCL,
+    "ibot": IBot,
+    "dino": IBot,
+    "sere": Sere,
+}
 
 AnyMethodConfig = Annotated[
-    MoCoConfig | DenseCLConfig | IBotConfig | DinoConfig, Field(discriminator="name")
+    MoCoConfig | DenseCLConfig | IBotConfig | DinoConfig | SereConfig, Field(discriminator="name")
 ]
 
 
