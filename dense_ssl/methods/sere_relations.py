@@ -193,14 +193,22 @@ def channel_loss(student: Maps, teacher: Maps, local: Maps | None, T: float) -> 
 
     Of whole crops: channels are the same everywhere. Gradients flow to student and local.
     """
-    target = _rows(channel_relation(teacher.tokens), 2)
-    own = _rows(channel_relation(student.tokens), 2)
-    total = multicrop_cross_entropy(own, target, None, 1.0, T).sum()
+    of_local = None if local is None else channel_relation(local.tokens)
+    own, target = channel_relation(student.tokens), channel_relation(teacher.tokens)
+    return channel_relations_loss(own, target, of_local, T)
+
+
+def channel_relations_loss(
+    student: Tensor, teacher: Tensor, local: Tensor | None, T: float
+) -> Tensor:
+    """Return the loss of relations: student and teacher [2 * B, C, C], local [L * B, C, C]."""
+    target = _rows(teacher, 2)
+    total = multicrop_cross_entropy(_rows(student, 2), target, None, 1.0, T).sum()
     pairs = 2
     if local is not None:
-        crops = 2 * len(local.tokens) // len(teacher.tokens)
-        own = _rows(channel_relation(local.tokens), crops)
-        every = torch.ones(crops, 2, device=own.device)
+        crops = 2 * len(local) // len(teacher)
+        every = torch.ones(crops, 2, device=local.device)
+        own = _rows(local, crops)
         total = total + multicrop_cross_entropy(own, target, None, 1.0, T, every).sum()
         pairs += 2 * crops
     return total / (pairs * target.shape[1])
