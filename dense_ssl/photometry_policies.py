@@ -80,6 +80,9 @@ POLICIES: dict[str, Policy] = {
     "dino_1": Policy((_JITTER_DINO, _GREY, GaussianBlur(p=1.0))),
     "dino_2": Policy((_JITTER_DINO, _GREY, *_BLUR_SOLARIZE)),
     "dino_local": Policy((_JITTER_DINO, _GREY, GaussianBlur(p=0.5))),
+    # Qiu et al. 2024, "Mind Your Augmentation": DINO's for global views, blurred before the colours change
+    "dc_1": Policy((GaussianBlur(p=1.0), _JITTER_DINO, _GREY)),
+    "dc_2": Policy((GaussianBlur(p=0.1), _JITTER_DINO, _GREY, Solarize(p=0.2))),
     # UDI's published code blurs a crop of the first branch with probability 1/2 * 1/2 + 1/2 * 1
     "udi": Policy((_JITTER_MOCO, _GREY, OneOf(((GaussianBlur(p=0.75),), _BLUR_SOLARIZE)))),
 }

@@ -544,8 +544,8 @@ def test_fused_policies_move_no_pixel(name, monkeypatch):
         torch.testing.assert_close(back, image.float(), atol=1e-3, rtol=0)
 
 
-def test_every_policy_there_is_can_be_fused():
-    assert all(augment._is_fused(policy) for policy in POLICIES.values())
+def test_every_policy_can_be_fused_but_those_that_blur_first():
+    assert [name for name in POLICIES if not augment._is_fused(POLICIES[name])] == ["dc_1", "dc_2"]
 
 
 @pytest.mark.parametrize(
