@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from dense_ssl.backbones import BackboneConfig
 from dense_ssl.config import UserError
 from dense_ssl.crops import Crops, MultiCropBatch
-from dense_ssl.methods import METHODS, make_method
+from dense_ssl.methods import METHODS, densecl, make_method
 from dense_ssl.methods.densecl import DenseCLConfig
 from dense_ssl.methods.ibot import DinoConfig, IBotConfig
 from dense_ssl.methods.moco import MoCoConfig
@@ -190,7 +190,7 @@ def test_densecl_keys_are_pooled_before_normalising():
     method, _ = fresh(config)
     images = batch_for(config).views["global"].images[1]
     with torch.no_grad():
-        encoded = method._encode(method.teacher, images)
+        encoded = densecl.encode(method.teacher, images)
         method.teacher.train()
         cells = method.teacher["backbone"](images).dense
         raw = method.teacher["dense_head"](cells)

@@ -35,10 +35,9 @@ from kernels.dense_contrastive import matched_info_nce
 from kernels.dense_match import dense_match
 
 
-class DenseCLConfig(MethodConfig):
-    """Numbers of DenseCL; defaults are the paper's."""
+class DenseContrastConfig(MethodConfig):
+    """What DenseCL and the methods built on it have in common; defaults are DenseCL's."""
 
-    name: Literal["densecl"] = "densecl"
     views: tuple[ViewSpec, ...] = MOCO_V2_VIEWS
     backbone: BackboneConfig = BackboneConfig(init="fan_in")  # as OpenSelfSup initialises
     hidden_dim: Annotated[int, Field(ge=1)] | None = None  # None: as wide as the backbone
@@ -48,6 +47,12 @@ class DenseCLConfig(MethodConfig):
     momentum: Number = Schedule(start=0.999, shape="constant")
     dense_weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # lambda, section 3.3
     dense_start_step: Annotated[int, Field(ge=0)] = 0  # lambda is 0 before this step
+
+
+class DenseCLConfig(DenseContrastConfig):
+    """Numbers of DenseCL; defaults are the paper's."""
+
+    name: Literal["densecl"] = "densecl"
 
 
 def dense_info_nce(d_q: Tensor, d_k: Tensor, match: Tensor, queue: Tensor, T: float) -> Tensor:
@@ -90,42 +95,20 @@ class DenseCL(Method):
     def __init__(self, config: DenseCLConfig) -> None:
         super().__init__()
         self.config = config
-
-        def build() -> nn.ModuleDict:
-            backbone = make_backbone(config.backbone)
-            hidden = config.hidden_dim or backbone.dim
-            global_head = mlp_head(backbone.dim, hidden, config.out_dim)
-            for layer in (m for m in global_head if isinstance(m, nn.Linear)):
-                # The dense head keeps torch's default: OpenSelfSup's initialiser skips convolutions.
-                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
-            dense_head = mlp_head(backbone.dim, hidden, config.out_dim)
-            return nn.ModuleDict(
-                {"backbone": backbone, "global_head": global_head, "dense_head": dense_head}
-            )
-
-        self.student, self.teacher = encoder_pair(build)
+        self.student, self.teacher = dense_encoders(config)
         self.queue = KeyQueue(config.queue_length, config.out_dim)
         self.dense_queue = KeyQueue(config.queue_length, config.out_dim)
-        warn_if_nothing_to_shuffle(config.backbone)
 
     def forward(self, batch: MultiCropBatch, step: Step) -> Output:
         """Return (1 - lambda) global + lambda dense InfoNCE, view 0 queries and view 1 keys."""
         cfg = self.config
         x_q, x_k = batch.views["global"].images  # each [B, 3, S, S]
-        q = self._encode(self.student, x_q)
-        groups = cfg.backbone.bn_groups
-        with (
-            torch.no_grad(),
-            BatchShuffle(x_k, step.seed, step.index, step.micro, groups) as shuffle,
-        ):
-            k = Encoded(*shuffle.restore(*self._encode(self.teacher, shuffle.images)))
-        match, _ = dense_match(q.x, k.x)  # [B, N], eq. 3
-        global_loss = info_nce(q.g, k.g, self.queue.keys, cfg.temperature)
-        dense_loss = dense_info_nce(q.d, k.d, match, self.dense_queue.keys, cfg.temperature)
+        q = encode(self.student, x_q)
+        k = encode_keys(self.teacher, x_k, step, cfg.backbone.bn_groups)
+        losses = densecl_losses(q, k, self.queue.keys, self.dense_queue.keys, cfg.temperature)
         weight = lambda_at(step.index, cfg.dense_weight, cfg.dense_start_step)
-        loss = (1 - weight) * global_loss + weight * dense_loss
-        logs = {"global": global_loss.detach(), "dense": dense_loss.detach()}
+        loss = (1 - weight) * losses["global"] + weight * losses["dense"]
+        logs = {name: value.detach() for name, value in losses.items()}
         return Output(loss, logs, carry=Keys(k.g, k.p))
 
     def after_step(self, carries: Sequence[Keys], step: Step) -> None:
@@ -138,13 +121,53 @@ class DenseCL(Method):
         """Return one group: DenseCL decays biases and norms too (densecl.md section 5)."""
         return [ParamGroup([p for p in self.parameters() if p.requires_grad])]
 
-    @staticmethod
-    def _encode(encoder: nn.ModuleDict, images: Tensor) -> Encoded:
-        features = encoder["backbone"](images)
-        g, d, p = densecl_neck(
-            features.cls[:, 0], features.dense, encoder["global_head"], encoder["dense_head"]
+
+def dense_encoders(config: DenseContrastConfig) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """Return query and key encoder, equal: a backbone with a global and a dense head."""
+
+    def build() -> nn.ModuleDict:
+        backbone = make_backbone(config.backbone)
+        hidden = config.hidden_dim or backbone.dim
+        global_head = mlp_head(backbone.dim, hidden, config.out_dim)
+        for layer in (m for m in global_head if isinstance(m, nn.Linear)):
+            # The dense head keeps torch's default: OpenSelfSup's initialiser skips convolutions.
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        dense_head = mlp_head(backbone.dim, hidden, config.out_dim)
+        return nn.ModuleDict(
+            {"backbone": backbone, "global_head": global_head, "dense_head": dense_head}
         )
-        return Encoded(features.dense.detach(), unit(g), unit(d), unit(p))
+
+    pair = encoder_pair(build)
+    warn_if_nothing_to_shuffle(config.backbone)
+    return pair
+
+
+def encode(encoder: nn.ModuleDict, images: Tensor) -> Encoded:
+    """Return what an encoder says of images [B, 3, S, S]."""
+    features = encoder["backbone"](images)
+    g, d, p = densecl_neck(
+        features.cls[:, 0], features.dense, encoder["global_head"], encoder["dense_head"]
+    )
+    return Encoded(features.dense.detach(), unit(g), unit(d), unit(p))
+
+
+@torch.no_grad()
+def encode_keys(teacher: nn.ModuleDict, images: Tensor, step: Step, bn_groups: int) -> Encoded:
+    """Return keys of images [B, 3, S, S], encoded in another batch's statistics (shuffled BN)."""
+    with BatchShuffle(images, step.seed, step.index, step.micro, bn_groups) as shuffle:
+        return Encoded(*shuffle.restore(*encode(teacher, shuffle.images)))
+
+
+def densecl_losses(
+    q: Encoded, k: Encoded, queue: Tensor, dense_queue: Tensor, temperature: float
+) -> dict[str, Tensor]:
+    """Return {"global", "dense"}, unweighted, of queries q and keys k of the same images."""
+    match, _ = dense_match(q.x, k.x)  # [B, N], eq. 3
+    return {
+        "global": info_nce(q.g, k.g, queue, temperature),
+        "dense": dense_info_nce(q.d, k.d, match, dense_queue, temperature),
+    }
 
 
 def densecl_neck(
