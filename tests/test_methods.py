@@ -11,7 +11,10 @@ from dense_ssl.config import UserError
 from dense_ssl.crops import Crops, MultiCropBatch
 from dense_ssl.methods import METHODS, densecl, make_method
 from dense_ssl.methods.densecl import DenseCLConfig
+from dense_ssl.methods.densecl_dc import DenseCLDCConfig
 from dense_ssl.methods.ibot import DinoConfig, IBotConfig
+from dense_ssl.methods.ibot_dc import IBotDCConfig
+from dense_ssl.methods.masks import MaskConfig
 from dense_ssl.methods.moco import MoCoConfig
 from dense_ssl.methods.sere import SereConfig
 from dense_ssl.optim import OptimConfig, make_optimizer
@@ -42,6 +45,25 @@ CONFIGS |= {
     "ibot-apart": IBotConfig(
         **PROTOTYPES, backbone=DINO_VIT, patch_out_dim=20, norm_last_layer=True
     ),
+}
+# Grids of 4 x 4, and no mask is empty: four images make two extras.
+REGIONS = MaskConfig(shape="rcc", ratio=(0.5,), spread=(0.1,))
+TWINS = (
+    *MULTI_CROP[:1],
+    ViewSpec(name="extra", count=2, size=SIZE, twin_of="global", part=0.5, photometric="dino_1"),
+)
+LARGER = (VIEWS[0].model_copy(update={"size": 128}),)
+CONFIGS |= {
+    f"densecl_dc-{net.name}": DenseCLDCConfig(
+        **CONTRASTIVE | {"views": views}, mask=REGIONS, dc_share=0.5, backbone=net
+    )
+    for net, views in ((RESNET, LARGER), (VIT, VIEWS))
+}
+CONFIGS |= {
+    f"ibot_dc-{mode}": IBotDCConfig(
+        **PROTOTYPES | {"views": TWINS}, mask=REGIONS, dc_photometric=mode, backbone=DINO_VIT
+    )
+    for mode in ("shared", "independent")
 }
 RELATED = {"overlap_size": (5, 5), "local_overlap_size": 2}
 CONFIGS |= {

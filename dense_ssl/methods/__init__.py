@@ -6,7 +6,9 @@ from typing import Annotated
 from pydantic import Field
 
 from dense_ssl.methods.densecl import DenseCL, DenseCLConfig
+from dense_ssl.methods.densecl_dc import DenseCLDC, DenseCLDCConfig
 from dense_ssl.methods.ibot import DinoConfig, IBot, IBotConfig
+from dense_ssl.methods.ibot_dc import IBotDC, IBotDCConfig
 from dense_ssl.methods.method import Method, MethodConfig, Output, ParamGroup, Step
 from dense_ssl.methods.moco import MoCo, MoCoConfig
 from dense_ssl.methods.sere import Sere, SereConfig
@@ -28,13 +30,22 @@ logger = logging.getLogger("dense_ssl")
 METHODS: dict[str, type[Method]] = {
     "moco": MoCo,
     "densecl": DenseCL,
+    "densecl_dc": DenseCLDC,
     "ibot": IBot,
+    "ibot_dc": IBotDC,
     "dino": IBot,
     "sere": Sere,
 }
 
 AnyMethodConfig = Annotated[
-    MoCoConfig | DenseCLConfig | IBotConfig | DinoConfig | SereConfig, Field(discriminator="name")
+    MoCoConfig
+    | DenseCLConfig
+    | DenseCLDCConfig
+    | IBotConfig
+    | IBotDCConfig
+    | DinoConfig
+    | SereConfig,
+    Field(discriminator="name"),
 ]
 
 
