@@ -65,8 +65,8 @@ class PatchRows:
         A crop without any takes no part, but counts: `images` is what the mean of a view divides by,
         all B where it is None. How many rows there are is known without asking the device.
         """
-        crops, batch = taken.shape[:2]
-        flat = taken.reshape(crops * batch, -1)
+        crops, batch, height, width = taken.shape
+        flat = taken.reshape(crops * batch, height * width)
         weight = 1.0 / (crops * (images or batch) * np.maximum(flat.sum(axis=1), 1))
         crop, _ = np.nonzero(flat)
         return PatchRows(

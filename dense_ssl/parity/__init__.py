@@ -15,6 +15,7 @@ from dense_ssl.evaluation.voc import (
 from dense_ssl.layouts import extract_backbone, to_detectron2, to_detectron2_name
 from dense_ssl.methods.densecl import lambda_at
 from dense_ssl.methods.masks import block_mask, draw_ratio, random_mask
+from dense_ssl.methods.rcc import rcc_boxes
 from dense_ssl.parity.contrastive import (
     dense_info_nce,
     dense_match,
@@ -23,6 +24,14 @@ from dense_ssl.parity.contrastive import (
     enqueue,
     global_info_nce,
     moco_logits,
+)
+from dense_ssl.parity.decoupling import (
+    build_dc,
+    dc_loss,
+    mix_tokens,
+    photometric_dc,
+    rcc_mask,
+    sample_masks,
 )
 from dense_ssl.parity.distillation import (
     dino_loss,
@@ -63,12 +72,14 @@ __all__ = [
     "align_relation",
     "average_precision",
     "block_mask",
+    "build_dc",
     "cancel_last_layer",
     "channel_head_forward",
     "channel_self_relation",
     "clip_per_tensor",
     "cosine_lr",
     "cosine_schedule",
+    "dc_loss",
     "dense_info_nce",
     "dense_match",
     "densecl_losses",
@@ -84,13 +95,18 @@ __all__ = [
     "interpolate_pos",
     "knn_classify",
     "lambda_at",
+    "mix_tokens",
     "moco_logits",
     "overlap_grid",
     "param_groups",
+    "photometric_dc",
     "random_mask",
+    "rcc_boxes",
+    "rcc_mask",
     "relation_features",
     "relation_head",
     "relation_loss",
+    "sample_masks",
     "sere_channel_loss",
     "sere_param_groups",
     "sere_spatial_loss",

@@ -59,12 +59,7 @@ def ibot_loss(
     """
     student = s_cls if s_local_cls is None else torch.cat([s_cls, s_local_cls])
     cls = lambda1 * dino_loss(student, t_cls, c, tau_t, tau_s)
-    rows = PatchRows.of(torch.stack(list(masks)).bool().cpu().numpy(), s_patch.device)
-    of_student, of_teacher = (x.flatten(0, 1)[rows.rows] for x in (s_patch, t_patch))
-    same = _unit_matrix(of_teacher)  # logits are features whose prototypes are the axes
-    patch = lambda2 * ibot_objective.patch_loss(
-        of_student, same, of_teacher, same, c2.flatten(), rows.weight, tau_p, tau_s
-    )
+    patch = lambda2 * patch_loss(s_patch, t_patch, torch.stack(list(masks)), c2, tau_p, tau_s)
     return {
         "cls": cls,
         "patch": patch,
@@ -72,6 +67,18 @@ def ibot_loss(
         "center": update_center(c, t_cls),
         "center2": update_center(c2, t_patch),
     }
+
+
+def patch_loss(
+    s_patch: Tensor, t_patch: Tensor, taken: Tensor, c2: Tensor, tau_p: float, tau_s: float
+) -> Tensor:
+    """Return the mean over crops of that over `taken` patches, [2, B, h, w], of logits [2 * B, T, K]."""
+    rows = PatchRows.of(taken.bool().cpu().numpy(), s_patch.device)
+    student, teacher = (x.flatten(0, 1)[rows.rows] for x in (s_patch, t_patch))
+    same = _unit_matrix(teacher)  # logits are features whose prototypes are the axes
+    return ibot_objective.patch_loss(
+        student, same, teacher, same, c2.flatten(), rows.weight, tau_p, tau_s
+    )
 
 
 def _unit_matrix(logits: Tensor) -> Tensor:
