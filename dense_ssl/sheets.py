@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 BACKGROUND, INK, SOFT = (255, 255, 255), (28, 31, 36), (120, 128, 138)
 RIGHT, WRONG = (18, 184, 134), (240, 62, 62)  # of a match: where geometry puts it, or elsewhere
+_COLD, _WARM, _HOT = (38, 32, 96), (196, 54, 110), (255, 226, 92)  # of heat maps
 _GAP = 14
 _SOURCE_PX = 340  # longer side of a source image on a sheet
 _LARGEST_VIEW_PX = 144  # side of the largest view on a sheet; smaller views keep their proportion
@@ -75,6 +76,32 @@ def correspondence_sheet(
     count = f"{int(right.sum())} of the {int(seen.sum())} cells that both views show"
     second = f"colour = where the best match lies; right for {count}"
     return beside([_captioned(lines, caption), _captioned(painted, second)])
+
+
+def tiles_sheet(names: Sequence[str], tiles: Sequence[np.ndarray], side: int = 0) -> Image.Image:
+    """Return named pictures uint8 [H, W, 3] in rows of six, each with its longer side `side` pixels."""
+    side = side or _LARGEST_VIEW_PX
+    framed = []
+    for name, tile in zip(names, tiles, strict=True):
+        scale = side / max(tile.shape[:2])
+        size = (max(round(scale * tile.shape[1]), 1), max(round(scale * tile.shape[0]), 1))
+        enlarging = scale > 1.5  # cells stay cells
+        how = Image.Resampling.NEAREST if enlarging else Image.Resampling.LANCZOS
+        framed.append(_captioned(Image.fromarray(tile).resize(size, how), name))
+    return _flow(framed, width=6 * (side + _GAP))
+
+
+def heated(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Return an image uint8 [H, W, 3] in grey under heat [h, w] in 0..1: blue, nothing, to yellow, all."""
+    grey = np.asarray(Image.fromarray(image).convert("L").convert("RGB"), np.float64)
+    size = (image.shape[1], image.shape[0])
+    soft = Image.fromarray((255 * heat).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    share = np.asarray(soft, np.float64)[..., None] / 255
+    low, middle, high = np.array(_COLD), np.array(_WARM), np.array(_HOT)
+    colour = np.where(
+        share < 0.5, low + 2 * share * (middle - low), middle + (2 * share - 1) * (high - middle)
+    )
+    return (0.45 * grey + 0.55 * colour).round().astype(np.uint8)
 
 
 def agrees(best: np.ndarray, expected: np.ndarray, columns: int) -> np.ndarray:

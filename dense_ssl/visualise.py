@@ -1,7 +1,12 @@
-"""Pictures of what a run sees: crops on their source, or which cells of two views are matched.
+"""Pictures of what a run sees, and of what its backbone makes of it.
 
-    python -m dense_ssl.visualise --run runs/a --kind crops              # writes runs/a/crops.png
-    python -m dense_ssl.visualise --run runs/a --kind correspondence     # ... correspondence.png
+    python -m dense_ssl.visualise --run runs/a --kind crops     # writes runs/a/crops.png
+
+    crops            each source image with its crop boxes, beside the views
+    masks            the views with the patches that are hidden from the student
+    correspondence   which cells of two views are matched
+    attention        where the class token looks, head by head (ResNets: the pooled feature)
+    pca              the cells' first three principal components as colours
 
 The images are the first of the run's first batch (or of another epoch), in the colours training gave
 them. Correspondence: DenseCL's matching (arXiv:2011.09157, section 3.3) between the student's cells of
@@ -25,20 +30,35 @@ from PIL import Image
 from torch import Tensor
 
 from dense_ssl.augment import MEAN, STD, Photometry
-from dense_ssl.config import UserError, validate
+from dense_ssl.backbones import make_backbone
+from dense_ssl.config import Config, UserError, validate
 from dense_ssl.crops import MultiCropBatch
 from dense_ssl.loaders import DataConfig, open_source
 from dense_ssl.loaders.batch import assemble, check_recipe, cut_views
 from dense_ssl.loaders.folder import cut_one
 from dense_ssl.loaders.order import Order
 from dense_ssl.loaders.source import decode
-from dense_ssl.methods import METHODS
+from dense_ssl.methods import METHODS, AnyMethodConfig, MethodConfig
 from dense_ssl.pretrained import load_backbone
-from dense_ssl.sheets import correspondence_sheet, crops_sheet, stacked
+from dense_ssl.sheets import correspondence_sheet, crops_sheet, heated, stacked, tiles_sheet
 from dense_ssl.views import ViewSpec, draw_epoch, positions
+from dense_ssl.visualise_features import (
+    attention_maps,
+    component_maps,
+    masks_of,
+    whole_image,
+    with_hidden,
+)
 
-KINDS = ("crops", "correspondence")
+KINDS = ("crops", "masks", "correspondence", "attention", "pca")
+WHOLE_PX = 320  # shorter side of whole images, for attention and pca
 SIMILARITY = 0.9  # of matches worth a line: the authors' own picture (densecl.md 7.5)
+
+
+class AnyMethod(Config):
+    """The section of a run's settings that says what it saw."""
+
+    method: AnyMethodConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +68,8 @@ class Sample:
     sources: list[np.ndarray]  # B images uint8 [H, W, 3]
     batch: MultiCropBatch  # float, normalised
     views: tuple[ViewSpec, ...]
+    method: MethodConfig
+    seed: int
 
 
 def draw(run: Path, kind: str, out: Path, count: int, epoch: int, size: int | None) -> None:
@@ -59,7 +81,8 @@ def draw(run: Path, kind: str, out: Path, count: int, epoch: int, size: int | No
         out: the file to write.
         count: images on the sheet, one below another.
         epoch: whose crops and colours.
-        size: side of the first view in pixels, others in proportion; None: as trained.
+        size: side of the first view in pixels, others in proportion; None: as trained. For
+            attention and pca the shorter side of the whole image; None: 320.
 
     Raises:
         UserError: the run or its data cannot be read, or `out` cannot be written.
@@ -67,11 +90,17 @@ def draw(run: Path, kind: str, out: Path, count: int, epoch: int, size: int | No
     if kind not in KINDS:
         raise UserError(f"KIND={kind}: choose from {', '.join(KINDS)}")
     config = _config_of(run)
-    sample = _sample(config, count, epoch, size)
+    whole = kind in ("attention", "pca")
+    sample = _sample(config, count, epoch, None if whole else size)
     if kind == "crops":
-        rows = [_crops_row(sample, i) for i in range(len(sample.sources))][-count:]
+        rows = [_crops_row(sample, i) for i in range(len(sample.sources))]
+    elif kind == "masks":
+        rows = _mask_rows(sample, epoch)
+    elif kind == "correspondence":
+        rows = _correspondence_rows(run, sample)
     else:
-        rows = _correspondence_rows(run, sample)[-count:]
+        rows = _feature_rows(run, kind, sample.sources, size or WHOLE_PX)
+    rows = rows[-count:]
     note = " (<> is mirrored)" if kind == "crops" else ""
     title = f"{config['method']['name']}, {run.name}, epoch {epoch}: {kind}{note}"
     _save(stacked(rows, title), out)
@@ -141,10 +170,8 @@ def _config_of(run: Path) -> dict[str, Any]:
 
 def _sample(config: dict[str, Any], count: int, epoch: int, size: int | None) -> Sample:
     """Cut the first images of an epoch with Pillow, whichever loader the run used."""
-    name = config["method"].get("name")
-    if name not in METHODS:
-        raise UserError(f"method.name: {name!r} is none of {', '.join(METHODS)}")
-    views = _scaled(validate(METHODS[name].Config, config["method"], "config.yaml").views, size)
+    method = _method_config(config["method"])
+    views = _scaled(method.views, size)
     source = open_source(validate(DataConfig, config["data"], "config.yaml"))
     seed = config["seed"]
     total = len(source.sizes)
@@ -170,7 +197,16 @@ def _sample(config: dict[str, Any], count: int, epoch: int, size: int | None) ->
         for view in cut_views(views)
     }
     batch = assemble(views, crops, plan, source.sizes[index], index, source.labels[index])
-    return Sample([np.asarray(p) for p in pictures], Photometry(views, seed)(batch, epoch), views)
+    shown_as = Photometry(views, seed)(batch, epoch)
+    return Sample([np.asarray(p) for p in pictures], shown_as, views, method, seed)
+
+
+def _method_config(values: dict[str, Any]) -> MethodConfig:
+    """Return the method section of a run, whichever method it is."""
+    name = values.get("name")
+    if name not in METHODS:
+        raise UserError(f"method.name: {name!r} is none of {', '.join(METHODS)}")
+    return validate(AnyMethod, {"method": values}, "config.yaml").method
 
 
 def _scaled(views: Sequence[ViewSpec], size: int | None) -> tuple[ViewSpec, ...]:
@@ -215,6 +251,46 @@ def _correspondence_rows(run: Path, sample: Sample) -> list[Image.Image]:
         strong = (similarity > SIMILARITY).numpy()
         matches = (best.numpy(), pairs.numpy(), strong, expected)
         rows.append(correspondence_sheet(both, grids, *matches))
+    return rows
+
+
+def _mask_rows(sample: Sample, epoch: int) -> list[Image.Image]:
+    """Draw the global crops of every image, whole and as the student gets them."""
+    crops = sample.batch.views["global"]
+    stride = make_backbone(sample.method.backbone).stride
+    side = crops.images.shape[-1] // stride
+    grid, count = (side, side), len(crops.images)
+    hidden = masks_of(sample.method, sample.batch.index, epoch, sample.seed, grid, count)
+    rows = []
+    for i in range(crops.images.shape[1]):
+        names, tiles = [], []
+        for v in range(count):
+            view = shown(crops.images[v, i])
+            share = hidden[v, i].mean()
+            names += [f"global[{v}]", f"{share:.0%} hidden" if share else "nothing hidden"]
+            tiles += [view, with_hidden(view, hidden[v, i])]
+        rows.append(tiles_sheet(names, tiles))
+    return rows
+
+
+def _feature_rows(
+    run: Path, kind: str, sources: list[np.ndarray], shorter: int
+) -> list[Image.Image]:
+    """Draw what the run's backbone makes of whole images."""
+    backbone = load_backbone(str(run)).backbone
+    pairs = [whole_image(source, shorter, backbone.stride) for source in sources]
+    if kind == "pca":
+        maps = component_maps(backbone, [image for _, image in pairs])
+        captions = ["image", "first three components as red, green, blue"]
+        both = [(pixels, colours) for (pixels, _), colours in zip(pairs, maps)]
+        return [tiles_sheet(captions, tiles, side=WHOLE_PX) for tiles in both]
+    rows = []
+    for pixels, image in pairs:
+        names, maps = attention_maps(backbone, image)
+        heads = [heated(pixels, one) for one in maps]
+        if len(maps) > 1:
+            names, heads = ["all heads", *names], [heated(pixels, maps.mean(0)), *heads]
+        rows.append(tiles_sheet(["image", *names], [pixels, *heads]))
     return rows
 
 

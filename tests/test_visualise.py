@@ -235,7 +235,7 @@ def test_views_can_be_drawn_larger_than_trained(run, tmp_path):
 def test_what_is_wrong_is_said_in_one_sentence(run, tmp_path, capsys):
     single = write_run(tmp_path / "single", (ViewSpec(name="one", count=1, size=32),))
     for arguments, words in {
-        ("--run", str(run), "--kind", "attention"): "choose from crops, correspondence",
+        ("--run", str(run), "--kind", "heads"): "choose from crops, masks, correspondence",
         ("--run", str(tmp_path / "none")): "no usable config.yaml",
         ("--run", str(single), "--kind", "correspondence"): "has one crop",
         ("--run", str(run), "--out", "/proc/nowhere/a.png"): "cannot be written",

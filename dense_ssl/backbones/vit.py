@@ -75,6 +75,23 @@ class ViTBackbone(Backbone):
             x = trunk.blocks(x)
         return x, trunk.norm(x)
 
+    @torch.no_grad()
+    def last_attention(self, images: Tensor) -> Tensor:
+        """Return how the class tokens attend to the patches in the last block, [B, heads, T, N].
+
+        Each class token's weights over all tokens sum to 1; those over the patches are returned.
+        """
+        trunk: Any = self.trunk
+        tokens = trunk.norm_pre(trunk.patch_drop(self.place(self.embed(images))))
+        for block in trunk.blocks[:-1]:
+            tokens = block(tokens)
+        attention = trunk.blocks[-1].attn
+        qkv = attention.qkv(trunk.blocks[-1].norm1(tokens))
+        q, k, _ = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = attention.q_norm(q[:, :, : self.prefix]), attention.k_norm(k)
+        weights = (q * attention.scale @ k.transpose(2, 3)).softmax(3)
+        return weights[..., self.prefix :]
+
     def compile_encoder(self) -> None:
         """Compile `run_blocks`."""
         self.run_blocks = torch.compile(self.run_blocks)
