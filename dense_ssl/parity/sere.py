@@ -1,8 +1,8 @@
 """Functions of SERE: heads, relations, grids, losses.
 
 Conventions are the official code's: features as [B, C, N], crops as rectangles [x, y, w, h, flip] in pixels
-of the source, batches stacked view-major or crop-major, lists of grids indexed g * L + l for global crop g and
-local crop l. Relations are whole matrices here; training has them of channels only.
+of the source, batches stacked view-major or crop-major, lists of grids indexed g * L + l for global crop g
+and local crop l. Relations are whole matrices here; training has them of channels only.
 """
 
 import math
