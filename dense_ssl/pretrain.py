@@ -42,7 +42,7 @@ from dense_ssl.signals import StopRequest
 from kernels import launch
 
 DONE, WRONG_INPUT, STOPPED = 0, 2, 75  # 75: EX_TEMPFAIL, "try again", which schedulers requeue on
-_STEP_NOISE = 0x57  # stream of torch's own generator (drop path, dropout)
+_NOISE = 0x57  # stream of torch's own generator (drop path), seeded once a batch is there
 
 
 class TrainConfig(Config):
@@ -223,13 +223,13 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
         for epoch, batches in _epochs(loader, order, world, done, last_step):
             while done < last_step and done // order.steps_per_epoch == epoch and not stopping:
                 step = Step(done, order.steps_per_epoch, train_cfg.epochs, train_cfg.seed)
-                torch.manual_seed(int(key_of(train_cfg.seed, _STEP_NOISE, done, world.rank) >> 1))
                 carries = []
                 for micro in range(train_cfg.accumulate):
                     waiting = time.perf_counter()
                     batch = next(batches)
                     clock.waited(time.perf_counter() - waiting)
                     batch = photometry(batch, epoch)
+                    torch.manual_seed(int(key_of(step.seed, _NOISE, done, world.rank, micro) >> 1))
                     with _no_sync_before_last(trained, micro, train_cfg.accumulate):
                         with _autocast(world.device, train_cfg.precision):
                             output = trained(batch, step.at_micro(micro))

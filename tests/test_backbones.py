@@ -97,6 +97,45 @@ def test_vit_two_phases_equal_timm(size):
     assert features.grid == (size[0] // 16, size[1] // 16)
 
 
+def test_vit_positions_as_dino_resamples_them():
+    timm_, dino = (backbone(name="vit_tiny_patch16_224", positions=p) for p in ("timm", "dino"))
+    dino.load_state_dict(timm_.state_dict())
+    with torch.no_grad():
+        native = torch.randn(1, 3, 224, 224)
+        assert torch.equal(timm_(native).dense, dino(native).dense)
+        patches = torch.zeros(1, 6, 9, 192)
+        placed = dino.place(patches)
+        assert not torch.allclose(placed, timm_.place(patches), atol=1e-3)
+        square = dino.trunk.pos_embed[0, 1:].reshape(14, 14, 192).permute(2, 0, 1)[None]
+        want = nn.functional.interpolate(square, scale_factor=(6.1 / 14, 9.1 / 14), mode="bicubic")
+    torch.testing.assert_close(placed[0, 1:], want[0].flatten(1).T)
+    torch.testing.assert_close(placed[:, :1], dino.trunk.cls_token + dino.trunk.pos_embed[:, :1])
+
+
+def test_vit_phases_and_cells_before_the_norm():
+    net = backbone(name="test_vit").eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        patches = net.embed(images)
+        assert patches.shape == (2, 4, 6, 64)
+        features = net.encode(patches)
+        whole = net(images)
+        assert torch.equal(features.dense, whole.dense)
+        torch.testing.assert_close(net.trunk.norm(features.hidden), features.dense)
+        other = net.encode(patches + 1)
+    assert not torch.allclose(other.dense, whole.dense)
+
+
+def test_vit_initialised_as_dino():
+    torch.manual_seed(0)
+    net = backbone(name="vit_tiny_patch16_224", init="dino")
+    trunk = net.trunk
+    for weight in (trunk.cls_token, trunk.pos_embed, *(b.mlp.fc1.weight for b in trunk.blocks)):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert all(torch.all(b.attn.qkv.bias == 0) for b in trunk.blocks)
+    assert {m.eps for m in trunk.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+
 def test_an_unknown_backbone_is_refused_with_names_that_exist():
     with pytest.raises(UserError, match="did you mean one of resnet50"):
         backbone(name="resnet50x")

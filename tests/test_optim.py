@@ -114,3 +114,14 @@ def test_frozen_groups_do_not_move_until_their_epoch():
         freeze(optimizer, step)
         optimizer.step()
         assert torch.equal(weights[0].detach(), start) == (index < 10)
+
+
+def test_the_batch_scales_what_a_schedule_starts_from_but_not_its_end():
+    (weight,) = params((2, 2))
+    optimizer, config = optimizer_of(
+        [ParamGroup([weight])], name="adamw", lr_for_batch=256,
+        lr={"start": 5e-4, "end": 1e-6, "warmup_epochs": 2, "warmup_closed": True},
+    )  # fmt: skip
+    rates = [apply_schedules(optimizer, config, Step(i, 5, 10), 1024)["lr"] for i in (0, 1, 9, 49)]
+    assert rates == pytest.approx([0, 2.22222222e-4, 0.002, 4.08112493e-6], rel=1e-8)
+    assert config.lr.start == 5e-4

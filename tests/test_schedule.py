@@ -6,7 +6,7 @@ import pytest
 
 from dense_ssl.config import validate
 from dense_ssl.optim import OptimConfig
-from dense_ssl.schedule import Schedule, Step
+from dense_ssl.schedule import Ramp, Schedule, Step
 
 
 def at(schedule, index, steps_per_epoch=10, epochs=100):
@@ -49,3 +49,22 @@ def test_rising_momentum_ends_at_its_end():
     momentum = Schedule(start=0.996, end=1.0)
     assert at(momentum, 1000) == 1.0
     assert at(momentum, 0) == 0.996
+
+
+def test_a_closed_warm_up_has_its_full_value_in_its_last_step():
+    schedule = Schedule(start=1.0, warmup_epochs=10, warmup_start=0.1, warmup_closed=True)
+    assert at(schedule, 0) == pytest.approx(0.1)
+    assert at(schedule, 50) == pytest.approx(0.1 + 0.9 * 50 / 99)
+    assert at(schedule, 99) == pytest.approx(1.0, rel=1e-12)
+    assert at(schedule, 100) == 1.0
+    by_epoch = Schedule(start=1.0, warmup_epochs=3, warmup_closed=True, per="epoch")
+    assert [at(by_epoch, 10 * e + 7) for e in range(4)][:3] == [0.0, 0.5, 1.0]
+    single = Schedule(start=1.0, warmup_epochs=0.1, warmup_closed=True)
+    assert at(single, 0) == 0.0
+
+
+def test_a_ramp_moves_by_epochs_and_includes_both_ends():
+    ramp = Ramp(start=0.0, end=1.0, warmup_epochs=5, wait_epochs=2)
+    assert [at(ramp, 10 * e + 3) for e in range(9)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert at(Ramp(start=0.0, end=1.0), 0) == 1.0
+    assert [at(Ramp(start=0.0, end=1.0, warmup_epochs=1), i) for i in (0, 10)] == [0.0, 1.0]
