@@ -29,7 +29,7 @@ SOURCE, SHARDS = Path("data/scenes"), Path("shards/scenes")
 # Enough objects and images for a clear figure, few enough for two cores (about a minute).
 SMALL_EVALUATION = (
     "knn.size=96", "knn.max_train=1500", "knn.max_val=500", "knn.k=[20]",
-    "segment.size=192", "segment.max_train=300", "segment.max_val=100",
+    "segment.size=256", "segment.max_train=300", "segment.max_val=100",
 )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def demo(method: str, run: Path | None, ranks: int, overrides: list[str]) -> int
          "--format", "both", "--count", str(SCENES)),
         ("dense_ssl.pretrain", recipe, f"data.path={SHARDS}", f"data.loader={loader}", f"run.dir={run}",
          *overrides, "--gpus", str(ranks)),
-        ("dense_ssl.evaluation", "knn,segment", *trained, "--out", str(run), *SMALL_EVALUATION),
+        ("dense_ssl.evaluation", "segment,knn", *trained, "--out", str(run), *SMALL_EVALUATION),
         ("dense_ssl.visualise", "--run", str(run), "--kind", "crops"),
         ("dense_ssl.report", str(run)),
     ]  # fmt: skip
