@@ -1,11 +1,13 @@
-"""The same weights under other projects' names: MoCo, OpenSelfSup, DenseCL, detectron2 and ours.
+"""The same weights under other projects' names: MoCo, OpenSelfSup, DenseCL, DINO, iBOT, detectron2, ours.
 
 Everything here maps names to names; nothing reads a file or builds a network. In all of them the trunk
-is a plain ResNet with torchvision's names (318 tensors for a ResNet-50 without `fc`), below a prefix.
-Layouts: `MoCo` module.encoder_q.*, `OpenSelfSup` and `DenseCL` encoder_q.0.* (trunk) and encoder_q.1.*
-(neck), `MaskContrast` model_q.backbone.*, `detectron2` stem.* and res2.* to res5.*.
+is a plain ResNet with torchvision's names (318 tensors for a ResNet-50 without `fc`) or a plain ViT with
+timm's, below a prefix. Layouts: `MoCo` module.encoder_q.*, `OpenSelfSup` and `DenseCL` encoder_q.0.*
+(trunk) and encoder_q.1.* (neck), `MaskContrast` model_q.backbone.*, `detectron2` stem.* and res2.* to
+res5.*; DINO and iBOT have one state each under `student` and `teacher`, with backbone.* and head.*.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -21,6 +23,8 @@ Part = Literal["student", "teacher"]
 
 # In order of preference: DenseCL's files hold the trunk twice, and `encoder_q.0` is the original.
 _PREFIXES = ("encoder_q.0.", "encoder_q.", "backbone.", "model_q.backbone.")
+# What may stand beside a trunk: a classifier, a mask token, SERE's heads
+_NOT_TRUNK = ("fc.", "head.", "masked_embed", "mask_token", "pixel_sere", "channel_sere")
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # (bottleneck blocks, blocks per stage, channels of the first 3x3 convolution: out, in) -> timm name
 _RESNETS: dict[tuple[bool, tuple[int, ...], tuple[int, ...]], str] = {
@@ -33,41 +37,51 @@ _RESNETS: dict[tuple[bool, tuple[int, ...], tuple[int, ...]], str] = {
     (True, (3, 4, 23, 3), (128, 128)): "wide_resnet101_2",
     (True, (3, 4, 6, 3), (128, 4)): "resnext50_32x4d",
 }
+_VITS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
 
 
 def extract_backbone(checkpoint: Mapping[str, Any], part: Part = "student") -> dict[str, Tensor]:
     """Return the trunk of any known checkpoint or state dict under its torchvision (or ViT: timm) names.
 
-    `part` chooses between the two networks of this project's own checkpoints; official files always
-    give the query encoder. A classifier `fc` is dropped. Counters `num_batches_tracked`, which old
-    files lack, are added as zero.
+    `part` chooses between the two networks of this project's own checkpoints and of DINO's and iBOT's;
+    other official files always give the query encoder. Heads and mask tokens are dropped. Counters
+    `num_batches_tracked`, which old files lack, are added as zero.
 
     Raises:
         UserError: nothing looks like a trunk, or tensors of a ResNet are missing or left over.
     """
-    state = tensors(checkpoint)
+    state = tensors(checkpoint, part)
     own = select(state, f"{part}.backbone.trunk.")
     found = own or next(filter(None, (select(state, prefix) for prefix in _PREFIXES)), state)
     if "stem.conv1.weight" in found:
         found = {from_detectron2_name(name): value for name, value in found.items()}
-    trunk = {name: value for name, value in found.items() if not name.startswith("fc.")}
+    trunk = {name: value for name, value in found.items() if not name.startswith(_NOT_TRUNK)}
     if "conv1.weight" in trunk:
         return _complete_resnet(trunk)
     if own or "patch_embed.proj.weight" in trunk:
         return trunk
     raise UserError(
         f"no backbone among its {len(state)} tensors ({listed(state)}); known are ResNets as MoCo, "
-        "OpenSelfSup, DenseCL, MaskContrast, torchvision, timm and detectron2 store them, and timm's ViTs"
+        "OpenSelfSup, DenseCL, MaskContrast, torchvision, timm and detectron2 store them, and ViTs as "
+        "DINO, iBOT and timm do"
     )
 
 
-def tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint's state dict, without the prefix that DDP puts before names."""
+def is_distillation(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether this is a training file of DINO, iBOT or what was built on their code."""
+    return all(isinstance(checkpoint.get(part), Mapping) for part in ("student", "teacher"))
+
+
+def tensors(checkpoint: Mapping[str, Any], part: Part = "student") -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint's state dict, without the prefix that DDP puts before names.
+
+    Of DINO's and iBOT's training files those of `part`.
+    """
     state: Any = checkpoint
     if checkpoint.get("format") == FORMAT:
         state = checkpoint.get("method", {})
     else:
-        for key in ("state_dict", "model"):
+        for key in (part, "state_dict", "model"):
             if isinstance(checkpoint.get(key), Mapping):
                 state = checkpoint[key]
                 break
@@ -106,6 +120,23 @@ def resnet_of(trunk: Mapping[str, Tensor]) -> str:
             f"{tuple(convolution.shape)} is none of {', '.join(_RESNETS.values())}; name it: FILE?arch=NAME"
         )
     return _RESNETS[key]
+
+
+def published_vit_of(trunk: Mapping[str, Tensor]) -> str:
+    """Return the timm name of the ViT of DINO's or iBOT's code whose tensors these are.
+
+    Raises:
+        UserError: width and depth are of none of them.
+    """
+    width, _, patch, _ = trunk["patch_embed.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in trunk if name.startswith("blocks.")})
+    side = patch * math.isqrt(trunk["pos_embed"].shape[1] - 1)
+    if (width, depth) not in _VITS:
+        raise UserError(
+            f"a ViT of width {width} and depth {depth} is none of {', '.join(_VITS.values())}; name "
+            "it: FILE?arch=NAME"
+        )
+    return f"vit_{_VITS[width, depth]}_patch{patch}_{side}"
 
 
 def _shape_of(trunk: Mapping[str, Tensor]) -> tuple[bool, tuple[int, ...]]:

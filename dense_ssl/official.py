@@ -9,9 +9,10 @@
 | queue.keys [K, D], pointer []     | queue [D, K], queue_ptr | queue [D, K], queue_ptr [1]           |
 | dense_queue.keys, pointer         |                         | queue2, queue2_ptr                    |
 
-MoCo's files put `module.` before every name. Optimiser states are not converted. The official codes move
-the key encoder at the start of the next iteration, ours after the step: a file of theirs is one such
-move behind ours, which a run that continues from it makes up within its first steps.
+MoCo's files put `module.` before every name; DINO's, iBOT's and SERE's are in `official_distillation`.
+Optimiser states are not converted. The official codes move the key encoder at the start of the next
+iteration, ours after the step: a file of theirs is one such move behind ours, which a run that continues
+from it makes up within its first steps.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ from typing import Any
 from torch import Tensor
 
 from dense_ssl.config import UserError
-from dense_ssl.layouts import extract_backbone, listed, select, tensors
+from dense_ssl.layouts import extract_backbone, is_distillation, listed, select, tensors
+from dense_ssl.official_distillation import from_distillation
 
 _SIDES = (("student.", "encoder_q."), ("teacher.", "encoder_k."))
 
@@ -96,11 +98,15 @@ def to_official(method_name: str, state: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def from_official(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Return (method name, our method state) of an official MoCo, OpenSelfSup or DenseCL checkpoint.
+    """Return (method name, our method state) of an official training checkpoint.
+
+    Of MoCo, OpenSelfSup, DenseCL, DINO, iBOT, denseSSL or SERE.
 
     Raises:
         UserError: it is no full training state: a part is missing, or a tensor has no place in ours.
     """
+    if is_distillation(checkpoint):
+        return from_distillation(checkpoint)
     theirs = tensors(checkpoint)
     layout = _layout_of(theirs)
     out: dict[str, Tensor] = {}

@@ -3,8 +3,8 @@
 | spec                        | backbone                                                                 |
 |-----------------------------|--------------------------------------------------------------------------|
 | runs/a                      | of the run's `checkpoints/last.pt`, the network its method exports       |
-| FILE                        | a checkpoint of ours, official MoCo / OpenSelfSup / DenseCL / MaskContrast, torchvision, detectron2; .pt .pth .pth.tar .safetensors .pkl |
-| FILE?arch=NAME              | the same, where NAME (timm's) cannot be read from the tensors: ViTs      |
+| FILE                        | a checkpoint of ours, official MoCo / OpenSelfSup / DenseCL / MaskContrast / DINO / iBOT / SERE, torchvision, detectron2; .pt .pth .pth.tar .safetensors .pkl |
+| FILE?arch=NAME              | the same, where NAME (timm's) cannot be read from the tensors: ViTs alone |
 | timm:NAME                   | timm's published weights                                                 |
 | random:NAME, random:runs/a  | the same network at random initialisation                                |
 
@@ -29,7 +29,15 @@ from dense_ssl.backbones import Backbone, BackboneConfig, make_backbone
 from dense_ssl.checkpoint import FORMAT
 from dense_ssl.config import UserError, validate
 from dense_ssl.fingerprint import weights_sha256
-from dense_ssl.layouts import Part, extract_backbone, listed, resnet_of, tensors
+from dense_ssl.layouts import (
+    Part,
+    extract_backbone,
+    is_distillation,
+    listed,
+    published_vit_of,
+    resnet_of,
+    tensors,
+)
 from dense_ssl.log import logger
 from dense_ssl.methods import METHODS, Method
 from dense_ssl.official import from_official
@@ -39,6 +47,7 @@ _HARMLESS = [  # plain data that official checkpoints hold beside tensors
     PosixPath,
     *((stand_in, name) for name, stand_in in plain_pickle.NUMBERS.items()),
 ]
+_FAMILY = {"ibot_dc": "ibot", "densecl_dc": "densecl"}  # methods whose states have the same tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +117,7 @@ def exported_part(
     if which != "auto":
         return which
     if checkpoint.get("format") != FORMAT:
-        return "student"
+        return "teacher" if is_distillation(checkpoint) else "student"
     name = method_name(checkpoint)
     if name not in METHODS:
         raise UserError(f"of method {name!r}, which is none of {', '.join(METHODS)}")
@@ -124,12 +133,16 @@ def backbone_config(
     checkpoint: Mapping[str, Any], trunk: Mapping[str, Tensor], arch: str = ""
 ) -> BackboneConfig:
     """Return the configuration of the network whose trunk this is: stored, named, or from shapes."""
+    distilled = is_distillation(checkpoint)
+    positions = "dino" if distilled else "timm"  # as its code resamples them
     if arch:
-        return BackboneConfig(name=arch)
+        return BackboneConfig(name=arch, positions=positions)
     if checkpoint.get("format") == FORMAT:
         return validate(
             BackboneConfig, checkpoint["config"]["method"]["backbone"], "method.backbone"
         )
+    if distilled and "patch_embed.proj.weight" in trunk:
+        return BackboneConfig(name=published_vit_of(trunk), positions=positions)
     if "conv1.weight" not in trunk:
         raise UserError(
             "a ViT's tensors do not tell its name; write FILE?arch=NAME with timm's name"
@@ -229,8 +242,8 @@ def _fetch(name: str) -> dict[str, Tensor]:
 def start_from(path: str, method: Method, name: str) -> None:
     """Load a checkpoint into a fresh method: the whole state of the same method, else the trunk alone.
 
-    A whole state is a checkpoint of ours or an official MoCo / DenseCL training file, key encoder and
-    queues with it; optimiser states are never taken. What was loaded is logged.
+    A whole state is a checkpoint of ours or an official training file (MoCo, DenseCL, DINO, iBOT, SERE), key
+    encoder, queues and centres with it; optimiser states are never taken. What was loaded is logged.
 
     Raises:
         UserError: the file cannot be read, or its tensors do not fit this recipe.
@@ -253,9 +266,14 @@ def start_from(path: str, method: Method, name: str) -> None:
 
 def _whole_state(checkpoint: Mapping[str, Any], name: str) -> Mapping[str, Tensor] | None:
     """Return the state of a method of this name, or None when the file holds another's or a trunk."""
+    family = _FAMILY.get(name, name)
     if checkpoint.get("format") == FORMAT:
-        return checkpoint["method"] if method_name(checkpoint) == name else None
-    if not any("encoder_k." in key for key in tensors(checkpoint)):
+        theirs = method_name(checkpoint)
+        return checkpoint["method"] if _FAMILY.get(theirs, theirs) == family else None
+    if is_distillation(checkpoint):
+        if family not in ("dino", "ibot", "sere"):
+            return None
+    elif not any("encoder_k." in key for key in tensors(checkpoint)):
         return None
     theirs, state = from_official(checkpoint)
-    return state if theirs == name else None
+    return state if theirs == family else None
