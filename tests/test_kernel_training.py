@@ -13,7 +13,7 @@ from kernels.language import INTERPRETED
 CUDA = torch.cuda.is_available() and not INTERPRETED
 RECIPE = """
 method:
-  name: {method}
+  name: moco
   views: [{{name: global, count: 2, size: 32, photometric: none}}]
   backbone: {{name: test_vit}}  # LayerNorm: BatchNorm of tiny batches blows up rounding
   hidden_dim: 16
@@ -24,10 +24,22 @@ optim: {{lr: {{start: 0.03, per: step, warmup_epochs: 0.5}}}}
 train: {{steps: 6, epochs: 4, batch_size: 8, precision: fp32}}
 run: {{dir: {run}, device: {device}, kernels: {kernels}, log_every_steps: 1, log: []}}
 """
+DISTILLED = """method={{
+  name: {method}, out_dim: 40, hidden_dim: 16, bottleneck_dim: 8,
+  views: [{{name: global, count: 2, size: 32}}, {{name: local, count: 1, size: 16}}],
+  backbone: {{name: test_vit, init: dino, positions: dino}}}}
+"""
+ADAMW = ("optim.name=adamw", "optim.lr.start=0.002")
+OPTIONS = {
+    "moco": (),
+    "densecl": ("method.name=densecl",),
+    "dino": (DISTILLED.format(method="dino"), *ADAMW),
+    "ibot": (DISTILLED.format(method="ibot"), "method.mask.shape=random", *ADAMW),
+}
 
 
 @pytest.mark.skipif(not (INTERPRETED or CUDA), reason="needs CUDA or TRITON_INTERPRET=1")
-@pytest.mark.parametrize("method", ["densecl", "moco"])
+@pytest.mark.parametrize("method", OPTIONS)
 def test_training_curves_lie_on_each_other(method, tmp_path, capsys):
     write_random_images(tmp_path / "images", 24)
     curves = {}
@@ -35,12 +47,12 @@ def test_training_curves_lie_on_each_other(method, tmp_path, capsys):
         recipe = tmp_path / f"{kernels}.yaml"
         recipe.write_text(
             RECIPE.format(
-                method=method, images=tmp_path / "images", run=tmp_path / kernels,
+                images=tmp_path / "images", run=tmp_path / kernels,
                 device="cuda" if CUDA else "cpu", kernels=kernels,
             )
         )  # fmt: skip
         with launch.chosen("auto"):
-            assert pretrain.main([str(recipe)]) == 0
+            assert pretrain.main([str(recipe), *OPTIONS[method]]) == 0
         lines = (tmp_path / kernels / "log.jsonl").read_text().splitlines()
         curves[kernels] = torch.tensor([json.loads(line)["loss"] for line in lines])
     capsys.readouterr()
