@@ -141,3 +141,9 @@ def test_an_unknown_backbone_is_refused_with_names_that_exist():
         backbone(name="resnet50x")
     with pytest.raises(UserError, match="not supported; take a timm ResNet"):
         backbone(name="swin_tiny_patch4_window7_224")
+    with pytest.raises(UserError, match="is a .*, not a plain ViT"):
+        backbone(name="vit_small_patch16_dinov3")
+    with pytest.raises(UserError, match="has no position table of class token and patches"):
+        backbone(name="vit_medium_patch16_reg1_gap_256", positions="dino")
+    with pytest.raises(UserError, match="dino is how ViTs start"):
+        backbone(name="resnet18", init="dino")

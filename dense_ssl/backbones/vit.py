@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dense_ssl.backbones.features import Backbone, BackboneConfig, Features, create_trunk
+from dense_ssl.config import UserError
 
 
 class ViTBackbone(Backbone):
@@ -24,8 +25,7 @@ class ViTBackbone(Backbone):
         self.config = config
         if trunk is None:
             made = create_trunk(config.name, dynamic_img_size=True, drop_path_rate=config.drop_path)
-            assert isinstance(made, VisionTransformer), f"{config.name} is not a plain ViT"
-            trunk = made
+            trunk = _plain_vit(made, config)
             if config.init == "dino":
                 _initialise_as_dino(trunk)
         self.trunk = trunk
@@ -55,7 +55,6 @@ class ViTBackbone(Backbone):
         if self.config.positions == "timm":
             return trunk._pos_embed(patches)
         table = trunk.pos_embed
-        assert table is not None and not trunk.no_embed_class
         first = trunk.num_prefix_tokens
         side, grid = int(trunk.patch_embed.grid_size[0]), (patches.shape[1], patches.shape[2])
         prefix = [x for x in (trunk.cls_token, trunk.reg_token) if x is not None]
@@ -118,6 +117,25 @@ def interpolate_positions(table: Tensor, side: int, grid: tuple[int, int]) -> Te
     )
     assert maps.shape[2:] == grid, (tuple(maps.shape), grid)
     return maps.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+def _plain_vit(made: nn.Module, config: BackboneConfig) -> VisionTransformer:
+    """Return the model if it is one that this file knows to run.
+
+    Raises:
+        UserError: it is another kind of ViT, or has no position table that DINO's rule applies to.
+    """
+    if not isinstance(made, VisionTransformer):
+        raise UserError(
+            f"method.backbone.name: {config.name} is a {type(made).__name__}, not a plain ViT; take "
+            "vit_small_patch16_224, vit_base_patch16_224, ..."
+        )
+    if config.positions == "dino" and (made.pos_embed is None or made.no_embed_class):
+        raise UserError(
+            f"method.backbone.positions: {config.name} has no position table of class token and "
+            "patches, as DINO resamples; take timm"
+        )
+    return made
 
 
 @torch.no_grad()
