@@ -58,7 +58,8 @@ def info_nce(q: Tensor, positive: Tensor, queue: Tensor, temperature: float) -> 
 
     q and positive [N, D] and queue [K, D] are unit vectors. Gradients flow to q only.
     """
-    return queue_info_nce(*as_autocast(q, positive, queue), temperature).mean()
+    q, positive, queue = as_autocast(q, positive, queue)
+    return queue_info_nce(q, positive, queue, temperature).mean()
 
 
 def as_autocast(*vectors: Tensor) -> list[Tensor]:
