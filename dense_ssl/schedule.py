@@ -64,7 +64,7 @@ class Schedule(Config):
         """Return the share of the warm-up that is done at an epoch within it, 0 at its first value."""
         values = 1 if self.per == "epoch" else step.steps_per_epoch  # per epoch
         last = self.warmup_epochs * values - self.warmup_closed
-        return epoch * values / last if last > 0 else 0.0
+        return min(epoch * values / last, 1.0) if last > 0 else 0.0
 
 
 class Ramp(Config):

@@ -61,6 +61,8 @@ def test_a_closed_warm_up_has_its_full_value_in_its_last_step():
     assert [at(by_epoch, 10 * e + 7) for e in range(4)][:3] == [0.0, 0.5, 1.0]
     single = Schedule(start=1.0, warmup_epochs=0.1, warmup_closed=True)
     assert at(single, 0) == 0.0
+    uneven = Schedule(start=1.0, warmup_epochs=0.25, warmup_closed=True)
+    assert [at(uneven, i) for i in range(3)] == pytest.approx([0.0, 1 / 1.5, 1.0])
 
 
 def test_a_ramp_moves_by_epochs_and_includes_both_ends():
