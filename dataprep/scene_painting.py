@@ -30,7 +30,7 @@ from dataprep.scene_textures import sample, texture
 SIZES = ((256, 256), (256, 320), (320, 256), (288, 288), (256, 288))  # (height, width)
 MIN_VISIBLE_PX = 60  # an object with less to see is not placed
 MIN_VISIBLE_SHARE = 0.3  # of its own outline inside the image
-USUAL = 0.75  # share of objects with their class's hue, of those with its texture, of a scene's kind
+USUAL = 0.75  # share of objects of their class's hue, of its texture, of the scene's kind
 HUE_SPREAD = 0.03  # standard deviation of a class's usual hue, in turns
 
 

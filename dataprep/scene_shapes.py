@@ -316,7 +316,9 @@ CLASSES: tuple[ShapeClass, ...] = (
     ShapeClass("gear", "tool", _gear, False, ("grain", "stone", "fibre", "patches")),
     ShapeClass("leaf", "plant", _leaf, False, ("cracks", "cloud", "stone", "patches")),
     ShapeClass("flower", "plant", _flower, False, ("fibre", "cloud", "grain", "stripes")),
-    ShapeClass("mushroom", "plant", _mushroom, True, ("patches", "cloud", "grain", "stone", "fibre")),
+    ShapeClass(
+        "mushroom", "plant", _mushroom, True, ("patches", "cloud", "grain", "stone", "fibre")
+    ),
     ShapeClass("fish", "animal", _fish, False, ("scales", "stripes", "cells", "spots")),
     ShapeClass("beast", "animal", _beast, True, ("spots", "patches", "stripes", "fibre", "cracks")),
     ShapeClass("bird", "animal", _bird, True, ("blades", "fibre", "scales", "grain")),
