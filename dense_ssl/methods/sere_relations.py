@@ -57,7 +57,7 @@ class Grids(NamedTuple):
     """Where the features of two crops are sampled so that they are of the same points, (x, y) in -1 .. 1."""
 
     queries: Tensor  # [G, B, S, S, 2]  in each of the two global crops, what both show
-    keys: Tensor  # [G, B, R, R, 2]  the same for the other axis of relations
+    keys: Tensor  # [G, B, R, R, 2]  for the other axis of relations; `queries` where R = S
     local: Tensor | None  # [L, B, G, Q, Q, 2]  in local crops, what each shares with a global one
     of_local: Tensor | None  # [G, B, L, Q, Q, 2]  the same points in the global ones
 
@@ -65,7 +65,9 @@ class Grids(NamedTuple):
     def of(crops: Crops, local: Crops | None, sizes: tuple[int, int], local_size: int) -> "Grids":
         """Return the grids of two global crops of each image, and of its local ones, if any."""
         (a, b), (a_flip, b_flip) = crops.boxes, crops.flipped
-        queries, keys = (torch.stack(overlap_grids(a, a_flip, b, b_flip, size)) for size in sizes)
+        queries = keys = torch.stack(overlap_grids(a, a_flip, b, b_flip, sizes[0]))
+        if sizes[1] != sizes[0]:
+            keys = torch.stack(overlap_grids(a, a_flip, b, b_flip, sizes[1]))
         if local is None:
             return Grids(queries, keys, None, None)
         boxes, flipped = crops.boxes.transpose(0, 1), crops.flipped.transpose(0, 1)  # [B, G, ...]
@@ -139,24 +141,29 @@ def spatial_loss(
     where they overlap. Those that do not overlap have uniform relations: a constant, log of their number
     of points, and no gradient. Gradients flow to student and local.
     """
-    queries = sampling_matrix(grids.queries, student.cells).flatten(0, 1)
-    keys = queries
-    if grids.keys.shape != grids.queries.shape:
+    queries = keys = sampling_matrix(grids.queries, student.cells).flatten(0, 1)
+    if grids.keys is not grids.queries:
         keys = sampling_matrix(grids.keys, student.cells).flatten(0, 1)
-    loss = 2 * _relate(
-        [_other_crop(x) for x in _at(teacher, queries, keys)], _at(student, queries, keys), heads, T
-    )
-    if local is None or grids.local is None or grids.of_local is None:
-        return loss / 2
+    target = [_other_crop(x) for x in _at(teacher, queries, keys)]
+    loss, pairs = 2 * _relate(target, _at(student, queries, keys), heads, T), 2
+    if local is not None:
+        points, target = _at_shared_points(local, teacher, grids)
+        crops = 2 * len(local.tokens) // len(teacher.tokens)
+        loss = loss + 2 * crops * _relate([target, target], [points, points], heads, T)
+        pairs += 2 * crops
+    return loss / pairs
+
+
+def _at_shared_points(local: Maps, teacher: Maps, grids: Grids) -> tuple[Tensor, Tensor]:
+    """Return features of local crops and of the teacher's, each [L * B * G, P, C], at the same points."""
+    assert grids.local is not None
+    assert grids.of_local is not None
     crops, batch, views = grids.local.shape[:3]
     mine = sampling_matrix(grids.local, local.cells).flatten(2, 3).flatten(0, 1)
     theirs = sampling_matrix(grids.of_local, teacher.cells).flatten(2, 3).flatten(0, 1)
     points = sample(local.tokens, mine).view(crops * batch * views, -1, local.tokens.shape[2])
     target = sample(teacher.tokens, theirs).view(views, batch, crops, *points.shape[1:])
-    target = target.transpose(0, 2).reshape(points.shape)
-    pairs = 2 * crops
-    loss = loss + pairs * _relate([target, target], [points, points], heads, T)
-    return loss / (2 + pairs)
+    return points, target.transpose(0, 2).reshape(points.shape)
 
 
 def _at(maps: Maps, queries: Tensor, keys: Tensor) -> list[Tensor]:
