@@ -301,7 +301,8 @@ def _differences(
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     there = at < k
     row = crop * b + image
-    s = tl.load(STUDENT + crop * s_crop + image * s_image + at, mask=there, other=0.0)
+    s_at = STUDENT + crop * s_crop + image * s_image + at
+    s = tl.load(s_at, mask=there, other=float("-inf"))
     s_top = tl.load(OF_STUDENT + row)
     s_log = tl.load(OF_STUDENT + c * b + row) * 1.4426950408889634
     s_share = tl.exp2((s.to(tl.float32) - s_top) * s_base - s_log)
@@ -311,7 +312,7 @@ def _differences(
     gradient = tl.zeros([BLOCK], tl.float32)
     for target in range(0, g):
         t_row = TEACHER + tl.cast(target, tl.int64) * t_crop + image * t_image
-        t = tl.load(t_row + at, mask=there, other=0.0).to(tl.float32) + bias
+        t = tl.load(t_row + at, mask=there, other=float("-inf")).to(tl.float32) + bias
         t_at = OF_TEACHER + (crop * g + target) * b + image
         t_top = tl.load(t_at)
         t_log = tl.load(t_at + c * g * b) * 1.4426950408889634

@@ -336,8 +336,9 @@ def _difference(
     t_top = tl.load(STATISTICS + 2 * n + row)
     t_log = tl.load(STATISTICS + 3 * n + row) * 1.4426950408889634
     s_at = STUDENT + row * student_stride + at * student_column
-    s = tl.load(s_at, mask=there, other=0.0).to(tl.float32)
-    t = tl.load(TEACHER + row * teacher_stride + at, mask=there, other=0.0).to(tl.float32)
+    t_at = TEACHER + row * teacher_stride + at
+    s = tl.load(s_at, mask=there, other=float("-inf")).to(tl.float32)
+    t = tl.load(t_at, mask=there, other=float("-inf")).to(tl.float32)
     if BIASED:
         t += tl.load(BIAS + at, mask=there, other=0.0).to(tl.float32) * temperature
     gradient = tl.exp2((s - s_top) * s_base - s_log) - tl.exp2((t - t_top) * t_base - t_log)

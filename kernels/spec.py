@@ -36,7 +36,7 @@ class KernelSpec:
     flops: Callable[[Shape], int] | None = None  # of matrix products
     # (result, arguments) -> what `eager` returns, where that is not the result itself
     published: Callable[[Any, Arguments], Any] = lambda result, _: result
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     bench_dtype: torch.dtype = torch.bfloat16
     wide_loads: bool = True  # its launches can load 16 bytes at a time, and have to
     # Relative error against float64 of the same, already rounded, inputs that is allowed on top of

@@ -13,6 +13,7 @@ from dense_ssl.distributed import (
     init_world,
     mean_over_ranks,
 )
+from kernels.sinkhorn_bias import sinkhorn_bias
 
 
 def on_ranks(size, work, folder):
@@ -94,3 +95,19 @@ def test_one_rank_is_the_identity_and_groups_still_shuffle():
         assert torch.equal(grouped.restore(grouped.images)[0], x)
     world = World(rank=0, size=1, device=torch.device("cpu"), flags=None)
     assert Agreement(world).ask(True)
+
+
+def _sinkhorn(world):
+    torch.manual_seed(0)
+    logits = torch.randn(12, 5)
+    mine = logits.view(2, 6, 5)[world.rank]
+    return sinkhorn_bias(mine, 0.05, group=torch.distributed.group.WORLD)
+
+
+def test_sinkhorn_over_two_ranks_is_that_of_one_batch(tmp_path):
+    first, second = on_ranks(2, _sinkhorn, tmp_path)
+    torch.manual_seed(0)
+    whole = sinkhorn_bias(torch.randn(12, 5), 0.05)
+    assert torch.equal(first, second)
+    assert torch.allclose(first, whole, rtol=1e-5)
+    assert whole.std() > 0.1

@@ -67,6 +67,7 @@ def assert_close(got, torch_own, exact, tolerance, what):
         return
     assert got.isfinite().all() or not exact.isfinite().all(), f"{what}: not finite"
     error, own = (got.double() - exact).norm(), (torch_own.double() - exact).norm()
+    own = own if own.isfinite() else torch.zeros_like(own)  # float16 overflows where we do not
     scale = max(float(exact.norm()), 1e-6 * exact.numel() ** 0.5)
     assert error <= own + tolerance * scale, f"{what}: {error / scale:.1e}, torch {own / scale:.1e}"
 
