@@ -288,9 +288,11 @@ def _centre(cell: int, grid: tuple[int, int]) -> tuple[float, float]:
 
 
 def _captioned(image: Image.Image, text: str) -> Image.Image:
-    sheet = Image.new("RGB", (image.width, image.height + 22), BACKGROUND)
+    font = _font(12)
+    width = max(image.width, round(font.getlength(text)) + 1)
+    sheet = Image.new("RGB", (width, image.height + 22), BACKGROUND)
     sheet.paste(image)
-    ImageDraw.Draw(sheet).text((0, image.height + 5), text, SOFT, font=_font(12))
+    ImageDraw.Draw(sheet).text((0, image.height + 5), text, SOFT, font=font)
     return sheet
 
 

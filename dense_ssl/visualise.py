@@ -102,7 +102,8 @@ def draw(run: Path, kind: str, out: Path, count: int, epoch: int, size: int | No
         rows = _feature_rows(run, kind, sample.sources, size or WHOLE_PX)
     rows = rows[-count:]
     note = " (<> is mirrored)" if kind == "crops" else ""
-    title = f"{config['method']['name']}, {run.name}, epoch {epoch}: {kind}{note}"
+    when = "" if whole else f", epoch {epoch}"
+    title = f"{config['method']['name']}, {run.name}{when}: {kind}{note}"
     _save(stacked(rows, title), out)
 
 
@@ -281,7 +282,7 @@ def _feature_rows(
     pairs = [whole_image(source, shorter, backbone.stride) for source in sources]
     if kind == "pca":
         maps = component_maps(backbone, [image for _, image in pairs])
-        captions = ["image", "first three components as red, green, blue"]
+        captions = ["image", "components 1, 2, 3 as red, green, blue"]
         both = [(pixels, colours) for (pixels, _), colours in zip(pairs, maps)]
         return [tiles_sheet(captions, tiles, side=WHOLE_PX) for tiles in both]
     rows = []
