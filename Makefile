@@ -69,4 +69,4 @@ lint: setup ## style, types, import rules, spelling
 test: lint ## lint, types, import rules, all tests
 	@$(PY) -m pytest -q $(ARGS)
 	@echo "the kernels once more, in Triton's interpreter:"
-	@TRITON_INTERPRET=1 DENSE_SSL_KERNELS=triton OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_kernel*.py tests/test_decoded.py $(ARGS)
+	@TRITON_INTERPRET=1 DENSE_SSL_KERNELS=triton OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_kernel*.py tests/test_decoded.py $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose none of them

@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
         if args.gpus > 1 and "RANK" not in os.environ:
             return launch_ranks(args.gpus, [args.recipe, *args.overrides])
         return train(config)
-    except (UserError, DataError) as error:
+    except (UserError, DataError, launch.ChoiceError) as error:
         return _refuse(str(error))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
@@ -129,8 +129,8 @@ def recipe_path(name: str) -> Path:
 def train(config: RunConfig) -> int:
     """Run the recipe on this rank until it is done or told to stop; return the exit code."""
     # --- ranks ---------------------------------------------------------------------------------
-    launch.choose(config.run.kernels)
     world = init_world(config.run.device)
+    launch.choose(config.run.kernels, world.device)
     try:
         with StopRequest() as stop, claimed(Path(config.run.dir), world.rank):
             return _train(config, world, stop)

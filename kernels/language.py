@@ -25,6 +25,9 @@ PRESENT = triton is not None
 INTERPRETED = PRESENT and os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = 1.4426950408889634  # exponentials are taken in base 2: exp(x) = exp2(x log2(e))
 
+# For kernels, which may read no other globals
+TO_BASE_2 = tl.constexpr(LOG2_E)
+TO_BASE_E = tl.constexpr(0.6931471805599453)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 

@@ -29,27 +29,54 @@ VARIABLE = "DENSE_SSL_KERNELS"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _from_environment() -> Choice:
-    value = os.environ.get(VARIABLE, "auto")
-    if value not in get_args(Choice):
-        raise ValueError(f"{VARIABLE}={value}: expected one of {', '.join(get_args(Choice))}")
-    return value  # pyright: ignore[reportReturnType]
+class ChoiceError(ValueError):
+    """Kernels were asked to run where they cannot."""
 
 
-_choice: Choice = _from_environment()
+_choice: Choice | None = None  # nobody has chosen or asked yet
 _told = False
 
 
-def choose(choice: Choice) -> None:
-    """Run the kernels there from now on, in this process; "auto": where the environment says."""
+def choose(choice: Choice, device: torch.device | None = None) -> None:
+    """Run the kernels there from now on, in this process; "auto": where the environment says.
+
+    Raises:
+        ChoiceError: the environment says something unknown, or Triton cannot run on `device`.
+    """
     global _choice
     _choice = _from_environment() if choice == "auto" else choice
+    if device is not None and _choice == "triton":
+        _require_triton(device)
+
+
+def _from_environment() -> Choice:
+    value = os.environ.get(VARIABLE, "auto")
+    if value not in get_args(Choice):
+        raise ChoiceError(f"{VARIABLE}={value}: expected one of {', '.join(get_args(Choice))}")
+    return value  # pyright: ignore[reportReturnType]
+
+
+def _current() -> Choice:
+    if _choice is None:
+        choose("auto")
+    assert _choice is not None
+    return _choice
+
+
+def _require_triton(device: torch.device) -> None:
+    if not PRESENT:
+        raise ChoiceError("run.kernels=triton: triton is not installed; run `make setup`")
+    if device.type == "cpu" and not INTERPRETED:
+        raise ChoiceError(
+            "run.kernels=triton: on a CPU there is only Triton's interpreter, which wants "
+            "TRITON_INTERPRET=1 in the environment; or choose run.kernels=auto"
+        )
 
 
 @contextlib.contextmanager
 def chosen(choice: Choice) -> Generator[None]:
     """Run the kernels there within the block."""
-    before = _choice
+    before = _current()
     choose(choice)
     try:
         yield
@@ -58,16 +85,24 @@ def chosen(choice: Choice) -> Generator[None]:
 
 
 def on_triton(x: Tensor) -> bool:
-    """Return whether kernels of x run in Triton. Says once when they cannot although x is on CUDA."""
+    """Return whether kernels of x run in Triton. Says once when they cannot although x is on CUDA.
+
+    Raises:
+        ChoiceError: they were told to, and cannot.
+    """
     global _told
-    if _choice == "torch":
+    choice = _current()
+    if choice == "torch":
         return False
+    if choice == "triton":
+        _require_triton(x.device)
+        return True
     if x.is_cuda:
         if not PRESENT and not _told:
             _told = True
             logger.warning("triton is not installed: kernels run as plain torch (`make setup`)")
         return PRESENT
-    return _choice == "triton" and PRESENT and (INTERPRETED or x.is_meta)
+    return False
 
 
 def operator(
@@ -83,7 +118,7 @@ def operator(
         made = torch.library.custom_op(f"dense_ssl::{name}", function, mutates_args=mutates)
 
         def shapes(*args: Any) -> Any:
-            compiling = _choice == "triton" and not INTERPRETED
+            compiling = _current() == "triton" and not INTERPRETED
             if compiling and any(isinstance(x, Tensor) and x.is_meta for x in args):
                 return function(*args)
             return fake(*args)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import launch
-from kernels.language import LOG2_E, ceil_div, jit, power_of_two, rounded, tl
+from kernels.language import LOG2_E, TO_BASE_2, ceil_div, jit, power_of_two, rounded, tl
 from kernels.row_softmax import exp_, log_sum, row_statistics, shared_sum
 from kernels.spec import KernelSpec
 
@@ -304,7 +304,7 @@ def _differences(
     s_at = STUDENT + crop * s_crop + image * s_image + at
     s = tl.load(s_at, mask=there, other=float("-inf"))
     s_top = tl.load(OF_STUDENT + row)
-    s_log = tl.load(OF_STUDENT + c * b + row) * 1.4426950408889634
+    s_log = tl.load(OF_STUDENT + c * b + row) * TO_BASE_2
     s_share = tl.exp2((s.to(tl.float32) - s_top) * s_base - s_log)
     bias = tl.zeros([BLOCK], tl.float32)
     if BIASED:
@@ -315,7 +315,7 @@ def _differences(
         t = tl.load(t_row + at, mask=there, other=float("-inf")).to(tl.float32) + bias
         t_at = OF_TEACHER + (crop * g + target) * b + image
         t_top = tl.load(t_at)
-        t_log = tl.load(t_at + c * g * b) * 1.4426950408889634
+        t_log = tl.load(t_at + c * g * b) * TO_BASE_2
         weight = tl.load(PAIRS + crop * g + target).to(tl.float32)
         gradient += weight * (s_share - tl.exp2((t - t_top) * t_base - t_log))
     gradient *= tl.load(FACTOR + row).to(tl.float32)

@@ -25,7 +25,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import launch
-from kernels.language import LOG2_E, ceil_div, dot, jit, load_rows, power_of_two, rounded, tl
+from kernels.language import (
+    LOG2_E,
+    TO_BASE_E,
+    ceil_div,
+    dot,
+    jit,
+    load_rows,
+    power_of_two,
+    rounded,
+    tl,
+)
 from kernels.spec import KernelSpec
 
 BLOCK = 8192  # queue rows per block of the streamed reference: [1568, 8192] float32 is 51 MB
@@ -266,7 +276,7 @@ def _merge(
             )
             mixed = mixed * shrink[:, None] + part_mixed * grow[:, None]
         top = new_top
-    tl.store(LOSS + rows, (top - logit + tl.log2(total)) * 0.6931471805599453, mask=row_there)
+    tl.store(LOSS + rows, (top - logit + tl.log2(total)) * TO_BASE_E, mask=row_there)
     if WANTS_GRADIENT:
         gradient = (mixed / total[:, None] - positive) * inverse_temperature
         tl.store(

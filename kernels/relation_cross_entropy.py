@@ -23,8 +23,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import launch
-from kernels.language import LOG2_E, ceil_div, dot, jit, load_rows, power_of_two, rounded, tl
-from kernels.row_softmax import exp_, log_sum
+from kernels.language import (
+    LOG2_E,
+    TO_BASE_E,
+    ceil_div,
+    dot,
+    jit,
+    load_rows,
+    power_of_two,
+    rounded,
+    tl,
+)
+from kernels.row_softmax import exp_, log_softmax_
 from kernels.spec import KernelSpec
 
 LARGEST_D = 256  # of Triton's tiles
@@ -125,11 +135,7 @@ def _forward(
     return loss, torch.stack([t_top, t_log, s_top, s_log]), gradient.to(sq.dtype)
 
 
-def _fake_keys(tq: Tensor, tk: Tensor, sq: Tensor, sk: Tensor, *_: Any) -> Tensor:
-    return sk.new_empty(sk.shape)
-
-
-@launch.operator("relation_cross_entropy_keys", _fake_keys)
+@launch.operator("relation_cross_entropy_keys", lambda tq, tk, sq, sk, *_: sk.new_empty(sk.shape))
 def _to_keys(
     tq: Tensor,
     tk: Tensor,
@@ -152,11 +158,7 @@ def _to_keys(
 def _log_softmax(queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return log relations [B, H, P, R], and their largest logits and logs of sums [B, H, P]."""
     precise = _precise(queries)
-    logits = (queries.to(precise) @ keys.to(precise).transpose(2, 3)).mul_(scale)
-    top = logits.amax(3)
-    logits.sub_(top[..., None])
-    log = log_sum(logits)
-    return logits.sub_(log[..., None]), top, log
+    return log_softmax_((queries.to(precise) @ keys.to(precise).transpose(2, 3)).mul_(scale))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -295,7 +297,7 @@ def _relate(
     row_there = rows < p
     at = pair * p + rows
     s_log = tl.log2(s_sum)
-    loss = (s_log + s_top - both / t_sum) * 0.6931471805599453
+    loss = (s_log + s_top - both / t_sum) * TO_BASE_E
     tl.store(LOSS + at, loss, mask=row_there)
     size = pairs.to(tl.int64) * p
     tl.store(STATISTICS + at, t_top, mask=row_there)

@@ -8,7 +8,7 @@ is exactly 0 however large it is.
 import torch
 from torch import Tensor
 
-from kernels.language import jit, tl
+from kernels.language import TO_BASE_2, TO_BASE_E, jit, tl
 
 # exp of less is below the smallest normal float32. Such results cost a CPU ten times the others, and at a
 # teacher's temperature most of a row is such.
@@ -26,6 +26,17 @@ def log_sum(x: Tensor) -> Tensor:
     return exp_(x.clone()).sum(-1).log_()
 
 
+def log_softmax_(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-softmax over the last axis, in its own memory, the largest logit and the log of the sum.
+
+    The log is that of the sum of exponentials relative to the largest logit.
+    """
+    top = x.amax(-1)
+    x.sub_(top[..., None])
+    log = log_sum(x)
+    return x.sub_(log[..., None]), top, log
+
+
 def shared_sum(shares: Tensor, x: Tensor) -> Tensor:
     """Return sum(shares x) over the last axis, where x may be -inf at shares of nothing."""
     return torch.where(shares > NOTHING, shares * x, 0).sum(-1)
@@ -41,7 +52,7 @@ def row_statistics(
     The log is that of the sum of exponentials relative to the largest logit. `temperature` is the
     teacher's, by which its bias becomes a logit.
     """
-    s_base, t_base = student_scale * 1.4426950408889634, teacher_scale * 1.4426950408889634
+    s_base, t_base = student_scale * TO_BASE_2, teacher_scale * TO_BASE_2
     s_top = tl.full([BLOCK], float("-inf"), tl.float32)
     t_top = tl.full([BLOCK], float("-inf"), tl.float32)
     s_sum = tl.zeros([BLOCK], tl.float32)
@@ -64,9 +75,9 @@ def row_statistics(
         both = both * shrink + share * tl.where(share > 0, s, 0.0)
         s_top, t_top = new_s, new_t
     s_max, t_max = tl.max(s_top, 0), tl.max(t_top, 0)
-    s_log = tl.log2(tl.sum(s_sum * tl.exp2((s_top - s_max) * s_base), 0)) * 0.6931471805599453
+    s_log = tl.log2(tl.sum(s_sum * tl.exp2((s_top - s_max) * s_base), 0)) * TO_BASE_E
     t_share = tl.exp2((t_top - t_max) * t_base)
     t_total = tl.sum(t_sum * t_share, 0)
     mean = tl.sum(both * t_share, 0) / t_total  # pyright: ignore
     loss = s_log + (s_max - mean) * student_scale
-    return loss, s_max, s_log, t_max, tl.log2(t_total) * 0.6931471805599453
+    return loss, s_max, s_log, t_max, tl.log2(t_total) * TO_BASE_E

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, distributed
 
 from kernels import launch
-from kernels.language import LOG2_E, ceil_div, jit, power_of_two, tl
+from kernels.language import LOG2_E, TO_BASE_2, TO_BASE_E, ceil_div, jit, power_of_two, tl
 from kernels.spec import KernelSpec
 
 ROW_BLOCK = 128  # rows that one program of the column pass goes through
@@ -201,7 +201,7 @@ def _column_part(
         logits = logits.to(tl.float32) * scale
         if SHIFTED:
             shift = tl.load(SHIFT + row, mask=row < n, other=0.0).to(tl.float32)
-            logits += shift[:, None] * 1.4426950408889634
+            logits += shift[:, None] * TO_BASE_2
         new = tl.maximum(top, logits)
         safe = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(top - safe) + tl.exp2(logits - safe)
@@ -229,9 +229,7 @@ def _column_merge(TOP, TOTAL, OUT, parts, k, BLOCK: tl.constexpr):
         safe = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(top - safe) + part_total * tl.exp2(part_top - safe)
         top = new
-    tl.store(
-        OUT + at, (top + tl.log2(tl.where(there, total, 1.0))) * 0.6931471805599453, mask=there
-    )
+    tl.store(OUT + at, (top + tl.log2(tl.where(there, total, 1.0))) * TO_BASE_E, mask=there)
 
 
 @jit
@@ -245,14 +243,14 @@ def _row(TEACHER, BIAS, OUT, k, stride, scale, BLOCK: tl.constexpr):
         there = at < k
         logits = tl.load(TEACHER + row * stride + at, mask=there, other=float("-inf"))
         bias = tl.load(BIAS + at, mask=there, other=0.0)
-        logits = logits.to(tl.float32) * scale + bias.to(tl.float32) * 1.4426950408889634
+        logits = logits.to(tl.float32) * scale + bias.to(tl.float32) * TO_BASE_2
         new = tl.maximum(top, logits)
         safe = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(top - safe) + tl.exp2(logits - safe)
         top = new
     whole = tl.max(top, 0)
     total = tl.sum(total * tl.exp2(top - whole), 0)
-    tl.store(OUT + row, -(whole + tl.log2(total)) * 0.6931471805599453)  # pyright: ignore
+    tl.store(OUT + row, -(whole + tl.log2(total)) * TO_BASE_E)  # pyright: ignore
 
 
 # For tests and the bench

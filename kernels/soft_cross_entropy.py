@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import launch
-from kernels.language import LOG2_E, ceil_div, jit, power_of_two, rounded, tl
+from kernels.language import LOG2_E, TO_BASE_2, ceil_div, jit, power_of_two, rounded, tl
 from kernels.row_softmax import exp_, log_sum, row_statistics, shared_sum
 from kernels.spec import KernelSpec
 
@@ -332,9 +332,9 @@ def _difference(
     there = at < k
     factor = tl.load(FACTOR + row).to(tl.float32)
     s_top = tl.load(STATISTICS + row)
-    s_log = tl.load(STATISTICS + n + row) * 1.4426950408889634
+    s_log = tl.load(STATISTICS + n + row) * TO_BASE_2
     t_top = tl.load(STATISTICS + 2 * n + row)
-    t_log = tl.load(STATISTICS + 3 * n + row) * 1.4426950408889634
+    t_log = tl.load(STATISTICS + 3 * n + row) * TO_BASE_2
     s_at = STUDENT + row * student_stride + at * student_column
     t_at = TEACHER + row * teacher_stride + at
     s = tl.load(s_at, mask=there, other=float("-inf")).to(tl.float32)

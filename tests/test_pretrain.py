@@ -341,6 +341,7 @@ def test_resuming_on_other_data_is_refused(recipe, tmp_path, capsys):
         (["data.path=/nowhere/at/all"], "/nowhere/at/all"),
         (["train.batch_size=64"], "44 images, fewer than one global batch"),
         (["run.device=cuda"], "run.device"),
+        (["run.kernels=triton"], "TRITON_INTERPRET=1"),
         (["run.dir=/proc/nowhere"], "/proc/nowhere"),
         (["optim.lrr=1"], "did you mean optim.lr"),
         (["method.queue_length=4"], "method.queue_length: 4 is shorter than the 8 keys"),

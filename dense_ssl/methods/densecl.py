@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.crops import MultiCropBatch
 from dense_ssl.distributed import BatchShuffle, cat_carries
-from dense_ssl.methods.method import Method, MethodConfig, Output, ParamGroup, Step, ema_
+from dense_ssl.methods.method import Method, MethodConfig, Output, ParamGroup, Step, ema_, one_group
 from dense_ssl.methods.moco import (
     MOCO_V2_VIEWS,
     as_autocast,
@@ -114,12 +114,17 @@ class DenseCL(Method):
     def after_step(self, carries: Sequence[Keys], step: Step) -> None:
         """Move the key encoder and enqueue one global and one pooled dense key per image."""
         ema_(self.teacher, self.student, self.config.momentum.at(step))
-        self.queue.push(cat_carries([carry.g for carry in carries]))
-        self.dense_queue.push(cat_carries([carry.p for carry in carries]))
+        enqueue(self.queue, self.dense_queue, carries)
 
     def param_groups(self) -> list[ParamGroup]:
-        """Return one group: DenseCL decays biases and norms too (densecl.md section 5)."""
-        return [ParamGroup([p for p in self.parameters() if p.requires_grad])]
+        """Return one group: DenseCL decays biases and norms too."""
+        return one_group(self)
+
+
+def enqueue(queue: KeyQueue, dense_queue: KeyQueue, carries: Sequence[Keys]) -> None:
+    """Put the keys of all ranks' micro-batches in the queues: one global and one dense key an image."""
+    queue.push(cat_carries([carry.g for carry in carries]))
+    dense_queue.push(cat_carries([carry.p for carry in carries]))
 
 
 def dense_encoders(config: DenseContrastConfig) -> tuple[nn.ModuleDict, nn.ModuleDict]:

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from dense_ssl.backbones.features import grid_of
 from dense_ssl.config import UserError
 from dense_ssl.crops import MultiCropBatch
-from dense_ssl.distributed import cat_carries
 from dense_ssl.methods.decoupling import (
     LARGEST_SHARE,
     SHARE,
@@ -45,10 +44,11 @@ from dense_ssl.methods.densecl import (
     densecl_losses,
     encode,
     encode_keys,
+    enqueue,
     lambda_at,
 )
 from dense_ssl.methods.masks import MaskConfig, draw_masks, on_device
-from dense_ssl.methods.method import Method, MethodConfig, Output, ParamGroup, Step, ema_
+from dense_ssl.methods.method import Method, MethodConfig, Output, ParamGroup, Step, ema_, one_group
 from dense_ssl.methods.moco import info_nce
 from dense_ssl.methods.parts import KeyQueue
 
@@ -109,12 +109,11 @@ class DenseCLDC(Method):
     def after_step(self, carries: Sequence[Keys], step: Step) -> None:
         """Move the key encoder and enqueue one global and one pooled dense key per image."""
         ema_(self.teacher, self.student, self.config.momentum.at(step))
-        self.queue.push(cat_carries([carry.g for carry in carries]))
-        self.dense_queue.push(cat_carries([carry.p for carry in carries]))
+        enqueue(self.queue, self.dense_queue, carries)
 
     def param_groups(self) -> list[ParamGroup]:
         """Return one group, as DenseCL does."""
-        return [ParamGroup([p for p in self.parameters() if p.requires_grad])]
+        return one_group(self)
 
     def _dc_loss(self, x_q: Tensor, x_k: Tensor, k: Encoded, foreign: np.ndarray) -> Tensor:
         """Return the mean over kept cells of E extras, each against its own key; foreign [E, h, w]."""

@@ -26,6 +26,7 @@ __all__ = [
     "Step",
     "decay_groups",
     "ema_",
+    "one_group",
     "teacher_of",
 ]
 
@@ -77,6 +78,11 @@ class Method(nn.Module, ABC):
     def param_groups(self) -> list[ParamGroup]:
         """Return every trained parameter in one group each; by default biases and norms do not decay."""
         return decay_groups(p for p in self.parameters() if p.requires_grad)
+
+
+def one_group(method: nn.Module) -> list[ParamGroup]:
+    """Return every trained parameter in one group, biases and norms too (MoCo, DenseCL)."""
+    return [ParamGroup([p for p in method.parameters() if p.requires_grad])]
 
 
 def decay_groups(params: Iterable[nn.Parameter]) -> list[ParamGroup]:

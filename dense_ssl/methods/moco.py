@@ -26,6 +26,7 @@ from dense_ssl.methods.method import (
     ParamGroup,
     Step,
     ema_,
+    one_group,
     teacher_of,
 )
 from dense_ssl.methods.parts import KeyQueue, mlp_head, unit
@@ -128,8 +129,8 @@ class MoCo(Method):
         self.queue.push(cat_carries([carry.k for carry in carries]))
 
     def param_groups(self) -> list[ParamGroup]:
-        """Return one group: MoCo decays biases and norms too (moco.md section 5)."""
-        return [ParamGroup([p for p in self.parameters() if p.requires_grad])]
+        """Return one group: MoCo decays biases and norms too."""
+        return one_group(self)
 
     @staticmethod
     def _encode(encoder: nn.ModuleDict, images: Tensor) -> Tensor:
