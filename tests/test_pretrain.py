@@ -117,16 +117,6 @@ def test_resumed_at_any_step_it_ends_with_the_same_weights_and_log(recipe, tmp_p
         assert all(step in (stop, stop + 1) for step in extra)
 
 
-@pytest.mark.parametrize("name", ["ibot", "dino"])
-def test_masks_paths_and_centres_resume_to_the_bit(recipe, capsys, name):
-    options = (DISTILLED.format(name=name, drop_path=0.1), *ADAMW)
-    _, want, _ = run(capsys, recipe("whole"), *options, "train.steps=8")
-    for stop in (4, 5):  # within an epoch and at its end
-        assert run(capsys, recipe(f"at{stop}"), *options, f"train.steps={stop}")[0] == 0
-        code, got, _ = run(capsys, recipe(f"at{stop}"), *options, "train.steps=8")
-        assert (code, got) == (0, want)
-
-
 @pytest.fixture(scope="module")
 def shards(images, tmp_path_factory):
     out = tmp_path_factory.mktemp("shards") / "set"

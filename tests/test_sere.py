@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from dataprep.convert import Manner, convert
 from dataprep.encode import EncodeOptions
 from dataprep.job import Job
-from dataprep.synthetic import coordinate_image, write_jpeg, write_random_images
-from dense_ssl import pretrain
+from dataprep.synthetic import coordinate_image, write_jpeg
 from dense_ssl.augment import MEAN, STD, Photometry
 from dense_ssl.backbones import BackboneConfig
 from dense_ssl.config import UserError
@@ -444,34 +443,3 @@ def test_channel_relations_bear_float16():
 def test_other_views_are_refused(views, given):
     with pytest.raises(UserError, match=f"method.views: .*; {given}"):
         make_method(SereConfig(**SMALL, views=views))
-
-
-RECIPE = """
-method:
-  name: sere
-  views:
-    - {{name: global, count: 2, size: 64, photometric: [dino_1, dino_2]}}
-    - {{name: local, count: 2, size: 32, scale: [0.05, 0.4], photometric: dino_local}}
-  backbone: {{name: test_vit, init: dino, positions: dino, drop_path: 0.0}}
-  out_dim: 24
-  hidden_dim: 32
-  bottleneck_dim: 8
-data: {{path: {images}, loader: folder, workers: 0}}
-optim: {{name: adamw, lr: 0.001, clip: {{kind: per_tensor, norm: 0.3}}}}
-train: {{epochs: 4, batch_size: 8, precision: fp32}}
-run: {{dir: {run}, device: cpu, checkpoint_every_steps: 3, log_every_steps: 2, log: []}}
-"""
-
-
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path, capsys):
-    write_random_images(tmp_path / "images", 20)  # 2 steps an epoch
-
-    def run(name, steps):
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(RECIPE.format(images=tmp_path / "images", run=tmp_path / name))
-        assert pretrain.main([str(path), f"train.steps={steps}"]) == 0
-        return capsys.readouterr().out.strip().splitlines()[-1]
-
-    whole = run("whole", 6)
-    run("broken", 4)
-    assert run("broken", 6) == whole
