@@ -41,6 +41,7 @@ from dense_ssl.parity.distillation import (
     update_center,
     vit_forward,
 )
+from dense_ssl.parity.propagation import label_propagate, propagate_labels
 from dense_ssl.parity.sere import (
     align_overlap,
     align_relation,
@@ -94,12 +95,14 @@ __all__ = [
     "ibot_loss",
     "interpolate_pos",
     "knn_classify",
+    "label_propagate",
     "lambda_at",
     "mix_tokens",
     "moco_logits",
     "overlap_grid",
     "param_groups",
     "photometric_dc",
+    "propagate_labels",
     "random_mask",
     "rcc_boxes",
     "rcc_mask",
