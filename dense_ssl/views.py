@@ -11,7 +11,11 @@ have to lie near one drawn before it:
   after ten refusals one free box is taken (constrained multi-crop, arXiv:2106.05967, section 3).
 * `pull`: a free box is moved towards the anchor until both share about `amount` of the smaller side
   on each axis (referenced crops, arXiv:2407.17671). Deviates: the published code mixes up two indices
-  in the joint width; here the width is computed the way the height is.
+  in the joint width; here the width is computed the way the height is. `pull_published` mixes them up.
+
+An anchor is one crop, the hull of a view's crops, or their `mirrored_hull`: the hull as the same code
+takes it, from corners that a mirrored crop has the other way round. That is the hull of all on the
+vertical axis; on the horizontal one of two mirrored crops what they share.
 """
 
 import os
@@ -25,24 +29,26 @@ import numba as nb
 import numpy as np
 from pydantic import Field, model_validator
 
+from dense_ssl.box_sampling import MAX_SIDE_PX, hull_of, pull, sample_box
 from dense_ssl.config import Config, UserError
 from dense_ssl.rng import fold, key_of, uniform
 
 STREAM = int.from_bytes(b"boxes", "big")  # this module's branch of the random numbers of a seed
-MAX_SIDE_PX = 32767  # boxes are int16
-ATTEMPTS = 10  # of torchvision's RandomResizedCrop and of both constrained samplers
 
-_FREE, _OVERLAP, _PULL, _TWIN = range(4)
-_KINDS = {"overlap": _OVERLAP, "pull": _PULL}
-_ANCHOR = re.compile(r"(?:hull\((?P<hull>[^()\[\]]+)\)|(?P<name>[^()\[\]]+)\[(?P<position>\d+)\])")
+_FREE, _OVERLAP, _PULL, _PULL_PUBLISHED, _TWIN = range(5)
+_KINDS = {"overlap": _OVERLAP, "pull": _PULL, "pull_published": _PULL_PUBLISHED}
+_ANCHOR = re.compile(
+    r"(?:(?P<mirrored>mirrored_)?hull\((?P<hull>[^()\[\]]+)\)"
+    r"|(?P<name>[^()\[\]]+)\[(?P<position>\d+)\])"
+)
 _IMAGES_PER_TASK = 16384
 
 
 class Near(Config):
     """Where a view must lie relative to one drawn before it."""
 
-    kind: Literal["overlap", "pull"]
-    of: str  # "large[1]" for one crop, "hull(global)" for the hull of all crops of a view
+    kind: Literal["overlap", "pull", "pull_published"]
+    of: str  # "large[1]" for one crop, "hull(global)" or "mirroredhull_of(global)" for a view's crops
     amount: Annotated[float, Field(ge=0, le=1)]
 
 
@@ -162,10 +168,11 @@ def draw_epoch(
 
 
 def _compile(views: Sequence[ViewSpec]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the recipe of V crops as two tables: int64 [V, 3] and float64 [V, 8].
+    """Return the recipe of V crops as two tables: int64 [V, 4] and float64 [V, 8].
 
-    The first holds kind, first and last: the anchor is the hull of the crops first .. last - 1. The
-    second holds scale (low, high), ratio (low, high), its logarithm (low, high), flip and amount.
+    The first holds kind, first, last and whether mirrored crops count as such: the anchor is the hull
+    of the crops first .. last - 1. The second holds scale (low, high), ratio (low, high), its logarithm
+    (low, high), flip and amount.
     """
     where = positions(views)
     if len(where) != len(views):
@@ -175,14 +182,15 @@ def _compile(views: Sequence[ViewSpec]) -> tuple[np.ndarray, np.ndarray]:
     for view in views:
         own = where[view.name]
         for position in range(own.start, own.stop):
-            rule, amount = (_FREE, 0, 0), 0.0
+            rule, amount = (_FREE, 0, 0, 0), 0.0
             if view.twin_of is not None:
                 first = _twin_anchor(view, by_name, where).start + position - own.start
-                rule = (_TWIN, first, first + 1)
+                rule = (_TWIN, first, first + 1, 0)
             elif view.near is not None:
                 anchor = _anchor(view, where)
                 if anchor.stop <= position:
-                    rule = (_KINDS[view.near.kind], anchor.start, anchor.stop)
+                    mirrored = view.near.of.startswith("mirroredhull_of(")
+                    rule = (_KINDS[view.near.kind], anchor.start, anchor.stop, int(mirrored))
                     amount = view.near.amount
             log_ratio = np.log(view.ratio)
             rules.append(rule)
@@ -249,7 +257,7 @@ def _draw(boxes, flipped, sizes, index, epoch_key, rules, numbers):  # noqa: ANN
         image_key = fold(epoch_key, index[row])
         height, width = np.int64(sizes[index[row], 0]), np.int64(sizes[index[row], 1])
         for v in range(len(rules)):
-            kind, first, last = rules[v, 0], rules[v, 1], rules[v, 2]
+            kind, first, last, mirrored = rules[v, 0], rules[v, 1], rules[v, 2], rules[v, 3]
             if kind == _TWIN:
                 for side in range(4):
                     boxes[row, v, side] = boxes[row, first, side]
@@ -257,76 +265,19 @@ def _draw(boxes, flipped, sizes, index, epoch_key, rules, numbers):  # noqa: ANN
                 continue
             key = fold(image_key, v)
             flipped[row, v] = uniform(key, 0) < numbers[v, 6]
-            # Three kinds, one call site of the sampler: what is compiled stays small.
+            # All kinds, one call site of the sampler: what is compiled stays small.
             amount = numbers[v, 7]
             x0 = y0 = np.int64(0)
             x1, y1 = width, height
             if kind != _FREE:
-                x0, y0, x1, y1 = _hull(boxes, row, first, last)
+                x0, y0, x1, y1 = hull_of(boxes, flipped, row, first, last, mirrored)
             least = amount if kind == _OVERLAP else -1.0
-            top, left, h, w = _sample(key, height, width, numbers[v], least, x0, y0, x1, y1)
-            if kind == _PULL:
-                top = _pull(top, h, y0, y1, height, amount)
-                left = _pull(left, w, x0, x1, width, amount)
+            top, left, h, w = sample_box(key, height, width, numbers[v], least, x0, y0, x1, y1)
+            if kind in (_PULL, _PULL_PUBLISHED):
+                least_left = top if kind == _PULL_PUBLISHED else left
+                top = pull(top, h, y0, y1, height, amount, top)
+                left = pull(left, w, x0, x1, width, amount, least_left)
             boxes[row, v, 0] = left
             boxes[row, v, 1] = top
             boxes[row, v, 2] = left + w
             boxes[row, v, 3] = top + h
-
-
-@nb.njit(error_model="numpy")
-def _sample(key, height, width, number, least, x0, y0, x1, y1):  # noqa: ANN001, ANN202
-    """Return (top, left, height, width) of torchvision's RandomResizedCrop.
-
-    With `least` >= 0 the first ATTEMPTS attempts count only where at least that share of their
-    area, as sampled, lies in the anchor (x0, y0, x1, y1); after them come as many free ones.
-    """
-    constrained = ATTEMPTS if least >= 0 else 0
-    for attempt in range(constrained + ATTEMPTS):
-        at = 1 + 4 * attempt
-        area = height * width * (number[0] + (number[1] - number[0]) * uniform(key, at))
-        ratio = np.exp(number[4] + (number[5] - number[4]) * uniform(key, at + 1))
-        w = np.int64(np.rint(np.sqrt(area * ratio)))
-        h = np.int64(np.rint(np.sqrt(area / ratio)))
-        if 0 < w <= width and 0 < h <= height:
-            top = np.int64(uniform(key, at + 2) * (height - h + 1))
-            left = np.int64(uniform(key, at + 3) * (width - w + 1))
-            shared_h = max(min(top + h, y1) - max(top, y0), 0)
-            shared_w = max(min(left + w, x1) - max(left, x0), 0)
-            if attempt >= constrained or shared_h * shared_w >= least * area:
-                return top, left, h, w
-    h, w = height, width
-    if width / height < number[2]:
-        h = max(np.int64(np.rint(width / number[2])), 1)
-    elif width / height > number[3]:
-        w = max(np.int64(np.rint(height * number[3])), 1)
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-@nb.njit(error_model="numpy")
-def _pull(start, extent, low, high, side, amount):  # noqa: ANN001, ANN202
-    """Return `start` moved so that [start, start + extent) shares `amount` of the smaller extent.
-
-    The published sampler works on the indices of first and last pixels, hence the ones taken off.
-    """
-    reach = high - 1 - low
-    joint = max(start + extent - 1, high - 1) - min(start, low)
-    shift = np.float64(max(joint - extent - reach, 0))
-    if joint >= extent + reach - amount * min(reach, extent):
-        shift += amount * min(reach, extent)
-    offset = (low + high - 1) / 2 - (start + start + extent - 1) / 2
-    start += np.int64(np.rint(offset / (abs(offset) + 1e-5) * shift))
-    return max(min(start, side - extent), 0)
-
-
-@nb.njit(error_model="numpy")
-def _hull(boxes, row, first, last):  # noqa: ANN001, ANN202
-    """Return (x0, y0, x1, y1) around the boxes first .. last - 1 of a row."""
-    x0 = y0 = np.int64(MAX_SIDE_PX)
-    x1 = y1 = np.int64(0)
-    for v in range(first, last):
-        x0 = min(x0, np.int64(boxes[row, v, 0]))
-        y0 = min(y0, np.int64(boxes[row, v, 1]))
-        x1 = max(x1, np.int64(boxes[row, v, 2]))
-        y1 = max(y1, np.int64(boxes[row, v, 3]))
-    return x0, y0, x1, y1

@@ -23,6 +23,7 @@ class BackboneConfig(Config):
     output_stride: Literal[8, 16, 32] = 32  # ResNets: dilate the last stages below 32
     bn_groups: Annotated[int, Field(ge=1)] = 1  # batch statistics over this many groups of samples
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # ViTs: stochastic depth
+    class_tokens: Annotated[int, Field(ge=1)] = 1  # ViTs: all but the first are timm's reg_tokens
 
 
 @dataclass(frozen=True, slots=True)

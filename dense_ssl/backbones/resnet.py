@@ -33,6 +33,8 @@ class ResNetBackbone(Backbone):
         self._checkpointed = False
         if config.init == "dino":
             raise UserError("method.backbone.init: dino is how ViTs start; a ResNet takes fan_in")
+        if config.class_tokens > 1:
+            raise UserError("method.backbone.class_tokens: a ResNet has no class tokens; take a ViT")
         if config.init != "timm":
             initialise_convolutions(self.trunk, config.init)
         if config.bn_groups > 1:

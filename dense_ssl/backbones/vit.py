@@ -24,7 +24,10 @@ class ViTBackbone(Backbone):
         super().__init__()
         self.config = config
         if trunk is None:
-            made = create_trunk(config.name, dynamic_img_size=True, drop_path_rate=config.drop_path)
+            options: dict[str, Any] = {"dynamic_img_size": True, "drop_path_rate": config.drop_path}
+            if config.class_tokens > 1:
+                options["reg_tokens"] = config.class_tokens - 1
+            made = create_trunk(config.name, **options)
             trunk = _plain_vit(made, config)
             if config.init == "dino":
                 _initialise_as_dino(trunk)

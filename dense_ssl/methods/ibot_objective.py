@@ -31,8 +31,8 @@ DINO_BACKBONE = BackboneConfig(
 )
 
 
-class SelfDistillationConfig(MethodConfig):
-    """What DINO, iBOT and the methods built on it have in common."""
+class PrototypeDistillationConfig(MethodConfig):
+    """What all methods have in common that have a student, a teacher and prototypes."""
 
     backbone: BackboneConfig = DINO_BACKBONE
     out_dim: Count = 8192  # K, prototypes of class tokens
@@ -44,6 +44,11 @@ class SelfDistillationConfig(MethodConfig):
     teacher_temperature: Ramp = Ramp(start=0.04, end=0.07, warmup_epochs=30)
     center_momentum: Annotated[float, Field(ge=0, le=1)] = 0.9
     momentum: Number = Schedule(start=0.996, end=1.0)  # of the teacher
+
+
+class SelfDistillationConfig(PrototypeDistillationConfig):
+    """What DINO, iBOT and the methods built on it have in common."""
+
     cls_weight: Weight = 1.0  # lambda1
 
 
