@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from dense_ssl.loaders.source import SUFFIXES, decode
 
 SPLITS = ("train", "val")
 MIN_OBJECT_PX = 32  # shorter side of a box that is worth recognising
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+Filter = Literal["bilinear", "bicubic"]  # Pillow's, antialiased
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,25 @@ class ClassifyData:
     omitted: Omissions = field(compare=False)
 
 
-def open_class_folders(root: Path, limits: tuple[int | None, int | None]) -> ClassifyData:
-    """Return the images of `root/train/CLASS/*` and `root/val/CLASS/*`: protocol `knn/v1`.
+def open_classification(
+    root: Path, limits: tuple[int | None, int | None], task: str
+) -> ClassifyData:
+    """Return the data at `root`: class folders (`TASK/v1`) or COCO's objects (`TASK-objects/v1`).
 
     `limits` are for train and val: at most so many images, evenly spaced.
+
+    Raises:
+        UserError: it is neither, or nothing in it is usable.
+    """
+    if coco.is_coco(root):
+        return open_coco_objects(root, limits, f"{task}-objects/v1")
+    return open_class_folders(root, limits, f"{task}/v1")
+
+
+def open_class_folders(
+    root: Path, limits: tuple[int | None, int | None], protocol: str
+) -> ClassifyData:
+    """Return the images of `root/train/CLASS/*` and `root/val/CLASS/*`; `limits` as above.
 
     Raises:
         UserError: a split is missing or empty, or val has a class that train has not.
@@ -67,8 +85,8 @@ def open_class_folders(root: Path, limits: tuple[int | None, int | None]) -> Cla
         folder = root / split
         if not folder.is_dir():
             raise UserError(
-                f"{root}: no folder {split}/ in it; kNN reads train/CLASS/* and val/CLASS/*, "
-                "or COCO's annotations/instances_*.json"
+                f"{root}: no folder {split}/ in it; classification reads train/CLASS/* and "
+                "val/CLASS/*, or COCO's annotations/instances_*.json"
             )
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         classes = classes or names
@@ -83,11 +101,13 @@ def open_class_folders(root: Path, limits: tuple[int | None, int | None]) -> Cla
             labelled += [(Picture(path), classes.index(name)) for path in paths]
         require_some(labelled, str(folder), omitted)
         parts.append(_split(thinned(labelled, limit)))
-    return _data("knn/v1", tuple(classes), parts, omitted)
+    return _data(protocol, tuple(classes), parts, omitted)
 
 
-def open_coco_objects(root: Path, limits: tuple[int | None, int | None]) -> ClassifyData:
-    """Return the objects of a COCO data set, each framed by its box: protocol `knn-objects/v1`.
+def open_coco_objects(
+    root: Path, limits: tuple[int | None, int | None], protocol: str
+) -> ClassifyData:
+    """Return the objects of a COCO data set, each framed by its box.
 
     Crowds and boxes with a side below `MIN_OBJECT_PX` are not part of it. `limits` as above.
 
@@ -114,28 +134,60 @@ def open_coco_objects(root: Path, limits: tuple[int | None, int | None]) -> Clas
         ]
         require_some(framed, f"{root} ({name})", omitted)
         parts.append(_split(thinned(framed, limit)))
-    return _data("knn-objects/v1", classes, parts, omitted)
+    return _data(protocol, classes, parts, omitted)
 
 
-def read_picture(picture: Picture, resize: int, size: int) -> Tensor:
+def read_picture(
+    picture: Picture, resize: int, size: int, resampling: Filter = "bilinear"
+) -> Tensor:
     """Return uint8 [3, size, size]: the shorter side resized to `resize`, then the centre.
 
     A framed object is cut as the square around its box, pushed back into the image, and resized to
-    `size` whole. Bilinear with antialiasing.
+    `size` whole.
     """
+    image, window = open_picture(picture)
     if picture.box is None:
-        image = decode(picture.path.read_bytes())
         scale = resize / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.resize((width, height), FILTERS[resampling])
         left, top = (width - size) // 2, (height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     else:
-        with Image.open(io.BytesIO(picture.path.read_bytes())) as opened:
-            image = opened.convert("RGB")  # boxes are drawn on the stored pixels
-        window = _square(picture.box, *image.size)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=window)
+        image = image.resize((size, size), FILTERS[resampling], box=window)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def open_picture(
+    picture: Picture,
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """Return the decoded image and the window of it that is the picture: left, top, right, bottom.
+
+    A whole image is upright. A box is drawn on the stored pixels, so there no orientation applies.
+
+    Raises:
+        OSError, ValueError, SyntaxError: the file cannot be read.
+    """
+    if picture.box is None:
+        image = decode(picture.path.read_bytes())
+        return image, (0, 0, *image.size)
+    with Image.open(io.BytesIO(picture.path.read_bytes())) as opened:
+        image = opened.convert("RGB")
+    return image, _square(picture.box, *image.size)
+
+
+def held_out(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Return which samples of a training set are kept apart to choose by, bool [n].
+
+    About `share` of every class, drawn by `seed`, and never the last one of a class: a class with
+    fewer than 1 / share / 2 images gives none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    apart = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        count = min(round(share * len(members)), len(members) - 1)
+        apart[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return apart
 
 
 def _split(labelled: Sequence[tuple[Picture, int]]) -> LabelledPictures:

@@ -1,4 +1,7 @@
-"""Frozen features of many images: decoded in threads, computed in batches, kept by the weights' hash."""
+"""Frozen features of many images: decoded in threads, computed in batches, kept by the weights' hash.
+
+Under torchrun every rank computes its share of the images and gets all features.
+"""
 
 import hashlib
 import logging
@@ -9,16 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dense_ssl.augment import MEAN, STD
-from dense_ssl.backbones import Backbone, Features
 from dense_ssl.config import UserError
+from dense_ssl.distributed import rank, world_size
 from dense_ssl.evaluation.omissions import Omissions
+from dense_ssl.evaluation.ranks import everyone
 from dense_ssl.loaders import share_of_cores
 
 _log = logging.getLogger(__name__)
@@ -37,6 +41,10 @@ class FeatureCache:
         digest = hashlib.sha256(f"{self.weights}\0{key}".encode()).hexdigest()
         return self.folder / f"{digest[:24]}.pt"
 
+    def job(self, key: str) -> Path:
+        """Return the folder of a long job's own checkpoints, made by whoever writes to it."""
+        return self.path(key).with_suffix(".job")
+
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
@@ -47,18 +55,19 @@ class Extracted:
 
 
 def extract(
-    backbone: Backbone,
+    backbone: nn.Module,
     images: Sequence[T],
     read: Callable[[T], Tensor],
-    reduce: Callable[[Features], Tensor],
+    reduce: Callable[[Any], Tensor],
     *,
     batch_size: int,
     key: str,
     cache: FeatureCache | None,
     omitted: Omissions,
     label: str,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Extracted:
-    """Return `reduce(features)` of every image, on the CPU.
+    """Return `reduce(backbone(x))` of every image, on the CPU; x is normalised, float [B, 3, H, W].
 
     `read` gives one image as uint8 [3, H, W], all of one size. Images it cannot read (OSError,
     ValueError) are left out and noted in `omitted`. `key` names the content: images, how they are read
@@ -68,17 +77,26 @@ def extract(
         UserError: none of the images can be read.
     """
     device = next(backbone.parameters()).device
-    path = cache.path(f"{device.type}\0{key}") if cache else None
+    path = cache.path(f"{device.type}\0{precision}\0{key}") if cache else None
     stored = _load(path)
-    if stored is None:
-        stored = _compute(backbone, images, read, reduce, batch_size, label)
-        if path is not None:
+    if stored is None or not all(everyone(stored is not None)):
+        share = range(rank(), len(images), world_size())
+        computed = _compute(backbone, images, share, read, reduce, batch_size, label, precision)
+        stored = _merged(everyone(computed))
+        if path is not None and rank() == 0:
             _save(path, stored)
     for position, reason in zip(stored["lost"].tolist(), stored["reasons"]):
         omitted.add(f"{label}: image not readable", f"{images[position]}: {reason}")
     if not len(stored["kept"]):
         raise UserError(f"{label}: none of {len(images)} images can be read")
     return Extracted(stored["features"], stored["kept"])
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Return uint8 images [B, 3, H, W] as floats with ImageNet's mean and deviation taken out."""
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    return images * (1 / (255 * std)) - mean / std
 
 
 def content_key(*parts: object) -> str:
@@ -125,13 +143,16 @@ def in_order(
 
 
 def _compute(
-    backbone: Backbone,
+    backbone: nn.Module,
     images: Sequence[T],
+    share: Sequence[int],
     read: Callable[[T], Tensor],
-    reduce: Callable[[Features], Tensor],
+    reduce: Callable[[Any], Tensor],
     batch_size: int,
     label: str,
+    precision: str,
 ) -> dict:
+    """Features of the images at the positions `share`."""
     kept: list[int] = []
     lost: dict[int, str] = {}
 
@@ -143,22 +164,21 @@ def _compute(
             return torch.empty(0)
 
     device = next(backbone.parameters()).device
-    scale = 1 / (255 * torch.tensor(STD, device=device).view(3, 1, 1))
-    shift = -(torch.tensor(MEAN) / torch.tensor(STD)).to(device).view(3, 1, 1)
     results: list[Tensor] = []
     batch: list[Tensor] = []
 
     def flush() -> None:
         if batch:
             x = torch.stack(batch).to(device, non_blocking=True)
-            results.append(reduce(backbone(x * scale + shift)).cpu())
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                results.append(reduce(backbone(normalised(x))).cpu())
             batch.clear()
 
     training = backbone.training
     backbone.eval()
-    progress = tqdm(total=len(images), desc=label, unit="img", leave=False, disable=None)
+    progress = tqdm(total=len(share), desc=label, unit="img", leave=False, disable=None)
     with torch.inference_mode(), progress:
-        for position, image in enumerate(in_order(read_one, range(len(images)), 2 * batch_size)):
+        for position, image in zip(share, in_order(read_one, share, 2 * batch_size)):
             progress.update()
             if not image.numel():
                 continue
@@ -174,6 +194,24 @@ def _compute(
         "kept": torch.tensor(kept, dtype=torch.int64),
         "lost": torch.tensor(order, dtype=torch.int64),
         "reasons": [lost[position] for position in order],
+    }
+
+
+def _merged(parts: Sequence[dict]) -> dict:
+    """One record from those of all ranks, in the order of the images."""
+    if len(parts) == 1:
+        return parts[0]
+    some = [part for part in parts if len(part["kept"])] or parts[:1]
+    kept = torch.cat([part["kept"] for part in some])
+    order = kept.argsort()
+    lost = sorted(
+        pair for part in parts for pair in zip(part["lost"].tolist(), part["reasons"], strict=True)
+    )
+    return {
+        "features": torch.cat([part["features"] for part in some])[order],
+        "kept": kept[order],
+        "lost": torch.tensor([position for position, _ in lost], dtype=torch.int64),
+        "reasons": [reason for _, reason in lost],
     }
 
 

@@ -3,29 +3,34 @@
 Pooled features, L2-normalised; the score of a class is the sum of exp(similarity / T) over those of the k
 nearest training images that are of the class. Class folders: resize the shorter side by 256/224, centre
 crop. COCO: every object of 32 px or more, framed by its box.
+
+UDI (arXiv:2407.17671) has two class tokens: `pool=second` and `pool=both` read the other and both.
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from dense_ssl.backbones import Backbone, Features
+from dense_ssl.backbones import Backbone
 from dense_ssl.config import Config as BaseConfig
+from dense_ssl.evaluation.accuracy import accuracies, chance, confusion_sheet
 from dense_ssl.evaluation.classify_data import (
     ClassifyData,
+    Filter,
     LabelledPictures,
-    open_class_folders,
-    open_coco_objects,
+    open_classification,
     read_picture,
 )
-from dense_ssl.evaluation.coco import is_coco
 from dense_ssl.evaluation.features import FeatureCache, check_size, content_key, extract
+from dense_ssl.evaluation.readout import Pool, Readout
 
 _CHUNK = 512  # validation images compared at once
+_BANK_CHUNK = 131072  # with so many training images: 256 MB of similarities
 
 
 class Config(BaseConfig):
@@ -35,9 +40,9 @@ class Config(BaseConfig):
     k: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 100, 200)
     # neighbours; `k=20` and `k=10,20` are understood
     temperature: Annotated[float, Field(gt=0)] = 0.07
-    pool: Literal["cls", "mean"] = (
-        "cls"  # first class token (ResNets: pooled map), or mean of cells
-    )
+    pool: Pool = "cls"
+    resampling: Filter = "bilinear"  # MoCo's and DenseCL's; DINO, iBOT and UDI: bicubic
+    bank: Literal["fp32", "fp16"] = "fp32"  # how features are kept; similarities are float32
     batch_size: Annotated[int, Field(ge=1)] = 64
     max_train: Annotated[int, Field(ge=1)] | None = None  # evenly spaced share of a large split
     max_val: Annotated[int, Field(ge=1)] | None = None
@@ -56,8 +61,7 @@ def load(path: Path, config: Config) -> ClassifyData:
     Raises:
         UserError: it is neither, or nothing in it is usable.
     """
-    limits = (config.max_train, config.max_val)
-    return open_coco_objects(path, limits) if is_coco(path) else open_class_folders(path, limits)
+    return open_classification(path, (config.max_train, config.max_val), "knn")
 
 
 def run(
@@ -68,17 +72,28 @@ def run(
     k is clipped to the number of training images. Chance is the accuracy of always answering with the
     most frequent training classes.
     """
-    check_size((config.size,), backbone.stride)
-    train_f, train_y = _embedded(backbone, data, data.train, "train", config, cache)
-    val_f, val_y = _embedded(backbone, data, data.val, "val", config, cache)
+    train_f, train_y, val_f, val_y = _splits(backbone, data, config, cache)
     classes = len(data.classes)
     values: dict[str, float] = {}
-    for k in sorted({min(k, len(train_f)) for k in config.k}):
-        scores = knn_scores(train_f, train_y, val_f, k, config.temperature, classes)
-        values |= {f"{name}@{k}": value for name, value in _accuracies(scores, val_y).items()}
-    frequencies = torch.bincount(train_y, minlength=classes).float().expand(len(val_y), -1)
-    values |= {f"chance/{name}": v for name, v in _accuracies(frequencies, val_y).items()}
-    return values
+    ks = sorted({min(k, len(train_f)) for k in config.k})
+    similarity, nearest = neighbours(train_f, val_f, max(ks))
+    for k in ks:
+        scores = _votes(similarity[:, :k], train_y[nearest[:, :k]], config.temperature, classes)
+        values |= {f"{name}@{k}": value for name, value in accuracies(scores, val_y).items()}
+    return values | chance(train_y, val_y, classes)
+
+
+def pictures(
+    backbone: Backbone, data: ClassifyData, config: Config, cache: FeatureCache | None = None
+) -> dict[str, Image.Image]:
+    """Return the confusion matrix of the middle k."""
+    train_f, train_y, val_f, val_y = _splits(backbone, data, config, cache)
+    ks = sorted({min(k, len(train_f)) for k in config.k})
+    k = ks[(len(ks) - 1) // 2]
+    scores = knn_scores(train_f, train_y, val_f, k, config.temperature, len(data.classes))
+    top1 = accuracies(scores, val_y)["top1"]
+    title = f"{data.protocol}: k = {k}, top-1 {top1:.1f} %"
+    return {"confusion": confusion_sheet(val_y, scores.argmax(1), data.classes, title)}
 
 
 def knn_classify(
@@ -98,13 +113,47 @@ def knn_scores(
 
     Votes are divided by the largest weight, exp(s_1 / T), which changes no order and cannot overflow.
     """
-    votes = []
+    similarity, nearest = neighbours(train_f, test_f, k)
+    return _votes(similarity, train_y[nearest], T, classes)
+
+
+def neighbours(train_f: Tensor, test_f: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest similarities of every test feature, descending, and whose they are.
+
+    float32 [m, k] and int64 [m, k]; k is clipped to n. Both sides are taken in chunks, so that memory
+    stays bounded; features of any type are compared in float32.
+    """
+    k = min(k, len(train_f))
+    rows = []
     for chunk in test_f.split(_CHUNK):
-        similarity, nearest = (chunk.float() @ train_f.float().T).topk(min(k, len(train_f)), dim=1)
-        weights = ((similarity - similarity[:, :1]) / T).exp()
-        vote = torch.zeros(len(chunk), classes, device=weights.device)
-        votes.append(vote.scatter_add_(1, train_y[nearest], weights))
-    return torch.cat(votes)
+        chunk = chunk.float()
+        best = torch.empty(len(chunk), 0, device=chunk.device)
+        whose = torch.empty(len(chunk), 0, dtype=torch.int64, device=chunk.device)
+        for start in range(0, len(train_f), _BANK_CHUNK):
+            part = train_f[start : start + _BANK_CHUNK].float()
+            similarity, nearest = (chunk @ part.T).topk(min(k, len(part)), dim=1)
+            best, kept = torch.cat([best, similarity], 1).topk(
+                min(k, best.shape[1] + similarity.shape[1]), dim=1
+            )
+            whose = torch.cat([whose, nearest + start], 1).gather(1, kept)
+        rows.append((best, whose))
+    return torch.cat([best for best, _ in rows]), torch.cat([whose for _, whose in rows])
+
+
+def _votes(similarity: Tensor, labels: Tensor, T: float, classes: int) -> Tensor:
+    """Votes [m, classes] of neighbours with similarities [m, k], descending, and labels [m, k]."""
+    weights = ((similarity - similarity[:, :1]) / T).exp()
+    votes = torch.zeros(len(weights), classes, device=weights.device)
+    return votes.scatter_add_(1, labels, weights)
+
+
+def _splits(
+    backbone: Backbone, data: ClassifyData, config: Config, cache: FeatureCache | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features and labels of train, then of val."""
+    check_size((config.size,), backbone.stride)
+    train = _embedded(backbone, data, data.train, "train", config, cache)
+    return *train, *_embedded(backbone, data, data.val, "val", config, cache)
 
 
 def _embedded(
@@ -117,32 +166,20 @@ def _embedded(
 ) -> tuple[Tensor, Tensor]:
     """Unit features [n, D] and labels [n] of those pictures that can be read."""
     resize = round(config.size * 256 / 224)
-
-    def reduce(features: Features) -> Tensor:
-        tokens = features.cls[:, 0] if config.pool == "cls" else features.dense.mean(1)
-        return tokens.float()
-
+    kept = torch.float16 if config.bank == "fp16" else torch.float32
     extracted = extract(
-        backbone,
+        Readout(backbone, config.pool),
         split.pictures,
-        lambda picture: read_picture(picture, resize, config.size),
-        reduce,
+        lambda picture: read_picture(picture, resize, config.size, config.resampling),
+        lambda features: F.normalize(features.float(), dim=1).to(kept),
         batch_size=config.batch_size,
-        key=content_key(data.protocol, name, config.size, resize, config.pool, data.content),
+        key=content_key(
+            *(data.protocol, name, config.size, resize, config.pool, config.resampling),
+            *(config.bank, data.content),
+        ),
         cache=cache,
         omitted=data.omitted,
         label=name,
     )
     device = next(backbone.parameters()).device
-    features = F.normalize(extracted.features.to(device), dim=1)
-    return features, split.labels[extracted.kept].to(device)
-
-
-def _accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 in percent."""
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
-    return {
-        "top1": 100 * hits[:, 0].float().mean().item(),
-        "top5": 100 * hits.any(1).float().mean().item(),
-    }
+    return extracted.features.to(device), split.labels[extracted.kept].to(device)

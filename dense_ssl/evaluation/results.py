@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,35 @@ class Result:
     data: str
     settings: Mapping[str, Any]
     omitted: Sequence[str]  # what of the data was left out
+    notes: Mapping[str, float] = field(default_factory=dict)  # facts that are no metric, `note/x`
+    seconds: float | None = None  # wall time of the protocol, features included
+    memory_gb: float | None = None  # peak: of the GPU, or of the process so far
 
 
 def results_of(
     values: Mapping[str, float], baseline: Mapping[str, float], **about: Any
 ) -> list[Result]:
-    """Return the metrics of one protocol; `chance/x` in `values` goes beside `x` and `x@k`."""
+    """Return the metrics of one protocol.
+
+    `chance/x` in `values` goes beside `x` and `x@k`; `note/x` is a fact such as a chosen learning rate,
+    kept with every metric and no percentage.
+    """
+    notes = {
+        name.removeprefix("note/"): value
+        for name, value in values.items()
+        if name.startswith("note/")
+    }
     return [
         Result(
             metric=metric,
             value=value,
             random_init=baseline.get(metric),
             chance=values.get("chance/" + metric.partition("@")[0]),
+            notes=notes,
             **about,
         )
         for metric, value in values.items()
-        if not metric.startswith("chance/")
+        if not metric.startswith(("chance/", "note/"))
     ]
 
 

@@ -2,15 +2,20 @@
 
 import json
 import logging
+import os
+import resource
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from dense_ssl.backbones import Backbone, make_backbone
 from dense_ssl.config import Config, UserError, apply_override, validate
+from dense_ssl.distributed import World, close_world, init_world, rank
 from dense_ssl.evaluation import knn, results, segment
 from dense_ssl.evaluation.features import FeatureCache, content_key
 from dense_ssl.evaluation.omissions import Omissions
@@ -19,6 +24,7 @@ from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.pretrained import Loaded, load_backbone
 
 _log = logging.getLogger(__name__)
+PICTURES = "eval"  # folder below the run's
 _RANDOM_SEED = 0
 
 
@@ -27,12 +33,20 @@ class Task:
     """What a protocol file offers."""
 
     config: type[Config]
-    load: Callable[[Path, Any], Any]  # data with `protocol` and `omitted`
+    load: Callable[[Path, Any], Any]  # data with `protocol`, `content` and `omitted`
     run: Callable[[Backbone, Any, Any, FeatureCache | None], dict[str, float]]
+    # Called after `run` with the same arguments; what both need is in the cache.
+    pictures: Callable[[Backbone, Any, Any, FeatureCache | None], dict[str, Image.Image]] | None = (
+        None  # by name: RUN/eval/TASK-NAME.png
+    )
+    ranks: bool = False  # knows what to do under torchrun
+    resumes: bool = (
+        False  # a long job that keeps its state in the cache, for the untrained network too
+    )
 
 
 TASKS: dict[str, Task] = {
-    "knn": Task(knn.Config, knn.load, knn.run),
+    "knn": Task(knn.Config, knn.load, knn.run, knn.pictures, ranks=True),
     "segment": Task(segment.Config, segment.load, segment.run),
 }
 
@@ -51,20 +65,37 @@ def evaluate(
 
     `data` is a path for all tasks or `task=path,task=path`. `overrides` are `key=value` for every task
     that has the key, or `task.key=value`. With `out` (a run folder does it by itself) results are
-    appended to `out/eval.jsonl` and features kept in `out/features`. `random` runs the same network at
-    random initialisation beside it, once per settings.
+    appended to `out/eval.jsonl`, features kept in `out/features` and pictures drawn into `out/eval`.
+    `random` runs the same network at random initialisation beside it, once per settings.
+
+    Under torchrun every rank calls this and gets the results; rank 0 alone writes.
 
     Raises:
         UserError: an argument is wrong, or the data is not usable.
     """
     paths = data_paths(tasks, data)
     configs = configs_of(tasks, overrides)
-    where = _device(device)
     loaded = load_backbone(checkpoint)
-    _place(loaded.backbone, where)
     if out is None and Path(checkpoint).is_dir():
         out = Path(checkpoint)
-    untrained = _untrained(loaded).backbone if random and not _is_random(checkpoint) else None
+    world = _world(device, tasks)
+    try:
+        return _evaluate(tasks, loaded, paths, configs, out, random, world.device)
+    finally:
+        close_world(world)
+
+
+def _evaluate(
+    tasks: Sequence[str],
+    loaded: Loaded,
+    paths: Mapping[str, Path],
+    configs: Mapping[str, Any],
+    out: Path | None,
+    random: bool,
+    where: torch.device,
+) -> list[Result]:
+    _place(loaded.backbone, where)
+    untrained = _untrained(loaded).backbone if random and not _is_random(loaded.name) else None
     if untrained is not None:
         _place(untrained, where)
     collected: list[Result] = []
@@ -72,11 +103,17 @@ def evaluate(
         task, config, path = TASKS[name], configs[name], paths[name]
         content = task.load(path, config)
         cache = FeatureCache(out / "features", loaded.sha256) if out else None
+        started = time.perf_counter()
         values = task.run(loaded.backbone, content, config, cache)
+        seconds = time.perf_counter() - started
+        memory_gb = _peak_memory_gb(where)
         settings = config.model_dump(mode="json")
         omitted: Omissions = content.omitted
         for line in omitted.lines():
             _log.warning("%s: left out of %s: %s", name, path, line)
+        if out and task.pictures is not None:
+            sheets = task.pictures(loaded.backbone, content, config, cache)
+            _draw(out / PICTURES, name, sheets)
         baseline: Mapping[str, float] = {}
         if untrained is not None:
             baseline = _baseline(task, untrained, content, config, out)
@@ -85,13 +122,15 @@ def evaluate(
             baseline,
             task=name,
             protocol=content.protocol,
-            checkpoint=checkpoint,
+            checkpoint=loaded.name,
             weights=loaded.sha256,
             data=str(path),
             settings=settings,
             omitted=omitted.lines(),
+            seconds=round(seconds, 3),
+            memory_gb=round(memory_gb, 3),
         )
-        if out:
+        if out and rank() == 0:
             results.append_results(out, found)
         collected += found
     return collected
@@ -175,11 +214,48 @@ def _baseline(
     stored = results.stored_baseline(out, key) if out else None
     if stored is not None:
         return stored
-    values = task.run(untrained, content, config, None)
-    if out:
+    cache = FeatureCache(out / "features", weights) if out and task.resumes else None
+    values = task.run(untrained, content, config, cache)
+    if out and rank() == 0:
         record = {"key": key, "protocol": content.protocol, "weights": weights, "values": values}
         results.append(out / results.BASELINES, [record])
     return values
+
+
+def _draw(folder: Path, task: str, sheets: Mapping[str, Image.Image]) -> None:
+    """Write the pictures of a task, each whole or not at all."""
+    if rank() != 0:
+        return
+    for name, sheet in sheets.items():
+        path = folder / f"{task}-{name}.png"
+        aside = path.with_name(f".{path.name}.writing")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            sheet.save(aside, format="PNG")
+            aside.replace(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    """Peak of the memory allocated on a GPU, or of this process's since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _world(device: str, tasks: Sequence[str]) -> World:
+    """This process alone on a device, or its place among torchrun's ranks.
+
+    Raises:
+        UserError: there is no such device, or a task cannot share its work.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World(rank=0, size=1, device=_device(device), flags=None)
+    alone = [name for name in tasks if not TASKS[name].ranks]
+    if alone:
+        raise UserError(f"{', '.join(alone)}: runs in one process; start it without torchrun")
+    return init_world(device)
 
 
 def _place(backbone: Backbone, device: torch.device) -> None:
