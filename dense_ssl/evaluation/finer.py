@@ -1,0 +1,57 @@
+"""Finer grids of a ResNet's cells than it was trained with, for protocols that compare single cells.
+
+ViTs keep their patches.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dense_ssl.backbones import Backbone, ResNetBackbone, make_backbone
+from dense_ssl.config import UserError
+
+
+def dilated(backbone: Backbone, stride: int) -> Backbone:
+    """Return the backbone with cells of at most `stride` pixels: a ResNet with its last stages dilated.
+
+    Weights are those of `backbone`; it is left as it was, and returned itself where its cells are small
+    enough, or patches.
+
+    stride: 8 or 16.
+    """
+    if not isinstance(backbone, ResNetBackbone) or backbone.stride <= stride:
+        return backbone
+    with torch.random.fork_rng(devices=[]):  # the random weights are replaced
+        finer = make_backbone(backbone.config.model_copy(update={"output_stride": stride}))
+    finer.load_state_dict(backbone.state_dict())
+    finer.to(next(backbone.parameters()).device).to(memory_format=torch.channels_last)
+    return finer.train(backbone.training)
+
+
+class ThirdStage(nn.Module):
+    """A ResNet up to its third stage, whose convolutions take steps of one: stride 8, nothing dilated.
+
+    Jabri et al. 2020 propagate labels with these features (revisiting.md 7.4).
+    """
+
+    stride = 8
+
+    def __init__(self, backbone: ResNetBackbone) -> None:
+        super().__init__()
+        trunk: Any = copy.deepcopy(backbone.trunk)
+        trunk.layer4 = nn.Identity()
+        for module in trunk.layer3.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+            elif isinstance(module, nn.AvgPool2d):
+                raise UserError(
+                    f"{backbone.config.name}: pools between its stages, and cannot be run at stride 8; "
+                    "take a plain ResNet"
+                )
+        self.trunk: Any = trunk
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the map [B, D, ceil(H / 8), ceil(W / 8)] of normalised images [B, 3, H, W]."""
+        return self.trunk.forward_features(images)
