@@ -8,21 +8,25 @@ host never waits.
 Where kernels run in Triton, all crops of a view go through `kernels.photometric` together, policies that
 it cannot express excepted; elsewhere operation after operation, in torch. Both take the same numbers.
 
-Geometry happened before this and happens nowhere else: no operation here moves a pixel.
+Geometry happened before this and happens nowhere else: no operation here moves a pixel, except
+AutoAugment's, which a method that computes with boxes refuses. They work on the 8-bit crops, before
+everything else.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, product
+from itertools import chain, groupby
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dense_ssl import autoaugment
 from dense_ssl import photometry_ops as ops
 from dense_ssl.crops import Crops, MultiCropBatch
 from dense_ssl.photometry_policies import (
     POLICIES,
+    AutoAugment,
     ColorJitter,
     GaussianBlur,
     Grayscale,
@@ -30,6 +34,7 @@ from dense_ssl.photometry_policies import (
     Op,
     Policy,
     Solarize,
+    branches,
     view_policies,
 )
 from dense_ssl.rng import fold_np, key_of, uniform_np
@@ -99,26 +104,22 @@ class Photometry(nn.Module):
 
     def _view(self, images: Tensor, policies: Sequence[Policy], keys: np.ndarray) -> Tensor:
         """Return [V, B, 3, S, S] uint8 crops as normalised floats, given their keys [V, B]."""
+        if any(policy.moves_pixels for policy in policies):
+            images = images.clone(memory_format=torch.contiguous_format)
+            for policy, own, (crops,) in _chunks(policies, keys, images):
+                _autoaugment_(crops, policy, own)
         if launch.on_triton(images) and all(_is_fused(policy) for policy in policies):
             program = _to_device(_program(policies, keys), images.device)
             out = photometric(images.flatten(0, 1), *program, mean=MEAN, std=STD, dtype=self.dtype)
             return out.view(images.shape)
         out = torch.empty_like(images, dtype=self.dtype)
-        size = max(1, _CHUNK_BYTES[images.device.type] // (4 * images[0, 0].numel()))
-        first = 0
-        for shared, group in groupby(policies):
-            last = first + len(list(group))
-            sources = images[first:last].flatten(0, 1).split(size)
-            targets = out[first:last].flatten(0, 1).split(size)
-            flat = keys[first:last].ravel()
-            for number, (source, target) in enumerate(zip(sources, targets)):
-                self._chunk(source, target, shared, flat[number * size : (number + 1) * size])
-            first = last
+        for policy, own, (source, target) in _chunks(policies, keys, images, out):
+            self._chunk(source, target, policy, own)
         return out
 
     def _chunk(self, source: Tensor, target: Tensor, policy: Policy, keys: np.ndarray) -> None:
         """Write the normalised floats of uint8 crops [n, 3, S, S] into `target`."""
-        steps = list(_draw(policy.ops, keys, np.arange(len(keys))))
+        steps = _colour_steps(policy, keys)
         parameters = [step.parameters for step in steps]
         arrays = [a for step, own in zip(steps, parameters) for a in (step.rows, *own)]
         tensors = iter(_to_device(arrays, source.device))
@@ -132,6 +133,23 @@ class Photometry(nn.Module):
                 else:
                     x.index_copy_(0, rows, _apply(step.op, x.index_select(0, rows), sent))
             target.copy_(torch.addcmul(self.shift, x, self.scale))
+
+
+def _chunks(
+    policies: Sequence[Policy], keys: np.ndarray, *views: Tensor
+) -> Iterator[tuple[Policy, np.ndarray, list[Tensor]]]:
+    """Yield policy, keys [n] and crops [n, ...] of each view [V, B, ...], chunk by chunk."""
+    images = views[0]
+    size = max(1, _CHUNK_BYTES[images.device.type] // (4 * images[0, 0].numel()))
+    first = 0
+    for shared, group in groupby(policies):
+        last = first + len(list(group))
+        flat = keys[first:last].ravel()
+        rows = [view[first:last].flatten(0, 1) for view in views]
+        for start in range(0, len(flat), size):
+            part = slice(start, start + size)
+            yield shared, flat[part], [row[part] for row in rows]
+        first = last
 
 
 @dataclass(frozen=True)
@@ -176,6 +194,26 @@ def _draw(sequence: Sequence[Op | OneOf], keys: np.ndarray, rows: np.ndarray) ->
                 yield _Step(op, chosen, u[chosen, 1:])
 
 
+def _colour_steps(policy: Policy, keys: np.ndarray) -> list[_Step]:
+    """Return the steps after AutoAugment of crops, given their keys [n]."""
+    steps = _draw(policy.ops, keys, np.arange(len(keys)))
+    return [step for step in steps if not isinstance(step.op, AutoAugment)]
+
+
+def _autoaugment_(crops: Tensor, policy: Policy, keys: np.ndarray) -> None:
+    """Do AutoAugment, in place, to those of uint8 crops [n, 3, H, W] that a policy gives it to."""
+    size = (crops.shape[2], crops.shape[3])
+    done = [
+        operation
+        for step in _draw(policy.ops, keys, np.arange(len(keys)))
+        if isinstance(step.op, AutoAugment)
+        for operation in autoaugment.drawn(step.u, step.rows, size)
+    ]
+    sent = iter(_to_device([a for x in done for a in (x.rows, x.numbers)], crops.device))
+    for operation in done:
+        autoaugment.apply_(crops, operation.kind, next(sent), next(sent))
+
+
 def _jitter(op: ColorJitter, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the order [n, 4] of brightness, contrast, saturation, hue, and their factors [n, 4]."""
     strengths = np.array([op.brightness, op.contrast, op.saturation, op.hue])
@@ -200,30 +238,23 @@ def _apply(op: Op, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
             return ops.blur(x, *parameters)
         case Solarize():
             return ops.solarize(x, op.threshold)
+        case AutoAugment():
+            raise AssertionError("it works on 8-bit crops, before all others")
 
 
-_PLACES = {ColorJitter: 0, Grayscale: 0, GaussianBlur: 1, Solarize: 2}  # in `photometric`
+# In `photometric`; AutoAugment is done before it
+_PLACES = {AutoAugment: -1, ColorJitter: 0, Grayscale: 0, GaussianBlur: 1, Solarize: 2}
 _STEPS = {ColorJitter: 4, Grayscale: 1}  # of `photometric`, for one operation
 
 
 def _is_fused(policy: Policy) -> bool:
     """Return whether `photometric` can do a policy: one jitter and greys, one blur, one solarising."""
-    for path in _paths(policy):
+    for path in policy.paths():
         places = [_PLACES[type(op)] for op in path]
         jitters = sum(isinstance(op, ColorJitter) for op in path)
         if places != sorted(places) or max(jitters, places.count(1), places.count(2)) > 1:
             return False
     return True
-
-
-def _paths(policy: Policy) -> Iterator[tuple[Op, ...]]:
-    """Yield every sequence of operations that a crop may go through."""
-    for choice in product(*(_branches(op) for op in policy.ops)):
-        yield tuple(chain.from_iterable(choice))
-
-
-def _branches(op: Op | OneOf) -> tuple[tuple[Op, ...], ...]:
-    return op.branches if isinstance(op, OneOf) else ((op,),)
 
 
 def _program(policies: Sequence[Policy], keys: np.ndarray) -> list[np.ndarray]:
@@ -232,7 +263,7 @@ def _program(policies: Sequence[Policy], keys: np.ndarray) -> list[np.ndarray]:
     They are for the crops of a view in one row, given its policies [V] and the keys [V, B].
     """
     every = [
-        [op for choice in policy.ops for branch in _branches(choice) for op in branch]
+        [op for choice in policy.ops for branch in branches(choice) for op in branch]
         for policy in policies
     ]
     width = max(sum(_STEPS.get(type(op), 0) for op in operations) for operations in every)
@@ -244,7 +275,7 @@ def _program(policies: Sequence[Policy], keys: np.ndarray) -> list[np.ndarray]:
     for policy, group in groupby(policies):
         own = keys.ravel()[first : first + len(list(group)) * keys.shape[1]]
         used = 0
-        for step in _draw(policy.ops, own, np.arange(len(own))):
+        for step in _colour_steps(policy, own):
             rows = first + step.rows
             match step.op:
                 case ColorJitter():

@@ -4,7 +4,9 @@
 """
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, product
 
 from dense_ssl.config import UserError
 from dense_ssl.views import ViewSpec
@@ -47,7 +49,14 @@ class Solarize:
     threshold: float = 0.5  # the published 128 of 255: between the 8-bit values 127 and 128
 
 
-Op = ColorJitter | Grayscale | GaussianBlur | Solarize
+@dataclass(frozen=True)
+class AutoAugment:
+    """The ImageNet policy of `autoaugment`, on 8-bit values: nothing may come before it."""
+
+    p: float = 1.0
+
+
+Op = ColorJitter | Grayscale | GaussianBlur | Solarize | AutoAugment
 
 
 @dataclass(frozen=True)
@@ -62,12 +71,27 @@ class Policy:
     """What happens to the colours of a crop, in this order."""
 
     ops: tuple[Op | OneOf, ...] = ()
-    moves_pixels: bool = False  # a method that uses boxes refuses a policy that does
+
+    @property
+    def moves_pixels(self) -> bool:
+        """Whether it may shear or rotate a crop: a method that uses boxes refuses such a policy."""
+        return any(isinstance(op, AutoAugment) for path in self.paths() for op in path)
+
+    def paths(self) -> Iterator[tuple[Op, ...]]:
+        """Yield every sequence of operations that a crop may go through."""
+        for choice in product(*(branches(op) for op in self.ops)):
+            yield tuple(chain.from_iterable(choice))
+
+
+def branches(op: Op | OneOf) -> tuple[tuple[Op, ...], ...]:
+    """Return the sequences of operations that one entry of a policy stands for."""
+    return op.branches if isinstance(op, OneOf) else ((op,),)
 
 
 _JITTER_MOCO = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
 _JITTER_DINO = ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8)
 _GREY = Grayscale(p=0.2)
+_MOCO_V2 = (_JITTER_MOCO, _GREY, GaussianBlur(p=0.5))
 _BLUR_SOLARIZE = (GaussianBlur(p=0.1), Solarize(p=0.2))
 
 POLICIES: dict[str, Policy] = {
@@ -75,7 +99,10 @@ POLICIES: dict[str, Policy] = {
     # He et al. 2019, arXiv:1911.05722, section 3.3, in the order of the published code
     "moco_v1": Policy((_GREY, ColorJitter(0.4, 0.4, 0.4, 0.4))),
     # Chen et al. 2020, arXiv:2003.04297, section 3
-    "moco_v2": Policy((_JITTER_MOCO, _GREY, GaussianBlur(p=0.5))),
+    "moco_v2": Policy(_MOCO_V2),
+    # Van Gansbeke et al. 2021, arXiv:2106.05967: what queries get, and either half of it alone
+    "autoaugment": Policy((AutoAugment(),)),
+    "moco_v2_autoaugment": Policy((OneOf((_MOCO_V2, (AutoAugment(),))),)),
     # Caron et al. 2021, arXiv:2104.14294, after BYOL: first global view, the other ones, local views
     "dino_1": Policy((_JITTER_DINO, _GREY, GaussianBlur(p=1.0))),
     "dino_2": Policy((_JITTER_DINO, _GREY, *_BLUR_SOLARIZE)),

@@ -379,10 +379,9 @@ def test_autocast_does_not_reach_the_colours():
         assert torch.equal(crops.images, outside.views[name].images)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [n for n, policy in POLICIES.items() if not policy.moves_pixels])
 def test_policies_move_no_pixel(name):
-    """Mirroring and transposing commute with every policy, exactly pointwise ones with any shuffle."""
-    assert not POLICIES[name].moves_pixels
+    """Mirroring and transposing commute with these policies, exactly pointwise ones with any shuffle."""
     image = torch.from_numpy(coordinate_image(40, 40).transpose(2, 0, 1).copy())
     images = torch.cat([image.expand(24, -1, -1, -1), real_images(24, 40)])
     photometry = Photometry([ViewSpec(name="v", count=1, size=40, photometric=name)], 1)
@@ -417,7 +416,7 @@ def test_colours_of_extreme_images_stay_in_range(name):
     assert x.max() < 1 + 1e-6
     grey = x[0].view(8, 9, 3, size, size)[:, :4]
     assert (grey - grey[:, :, :1]).abs().max() < 1e-6  # a grey image stays grey
-    if "2" not in name and name != "udi":  # solarising makes black of white, but not of black
+    if "2" not in name and name not in ("udi", "autoaugment"):  # these can make black brighter
         assert grey[:, 0].abs().max() < 1e-6
 
 

@@ -42,6 +42,7 @@ from dense_ssl.parity.distillation import (
     vit_forward,
 )
 from dense_ssl.parity.propagation import label_propagate, propagate_labels
+from dense_ssl.parity.revisiting import autoaugment_subpolicy
 from dense_ssl.parity.sere import (
     align_overlap,
     align_relation,
@@ -69,6 +70,7 @@ from dense_ssl.parity.training import (
 from dense_ssl.schedule import cosine_lr
 
 __all__ = [
+    "autoaugment_subpolicy",
     "align_overlap",
     "align_relation",
     "average_precision",
