@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from dense_ssl.backbones import Backbone, make_backbone
 from dense_ssl.config import Config, UserError, apply_override, validate
 from dense_ssl.distributed import World, close_world, init_world, rank
-from dense_ssl.evaluation import knn, results, segment
+from dense_ssl.evaluation import knn, results, segment, svm
 from dense_ssl.evaluation.features import FeatureCache, content_key
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.results import Result
@@ -39,6 +40,7 @@ class Task:
     pictures: Callable[[Backbone, Any, Any, FeatureCache | None], dict[str, Image.Image]] | None = (
         None  # by name: RUN/eval/TASK-NAME.png
     )
+    needs: tuple[str, ...] = ()  # modules beyond the core's
     ranks: bool = False  # knows what to do under torchrun
     resumes: bool = (
         False  # a long job that keeps its state in the cache, for the untrained network too
@@ -48,6 +50,7 @@ class Task:
 TASKS: dict[str, Task] = {
     "knn": Task(knn.Config, knn.load, knn.run, knn.pictures, ranks=True),
     "segment": Task(segment.Config, segment.load, segment.run),
+    "svm": Task(svm.Config, svm.load, svm.run, needs=("sklearn",)),
 }
 
 
@@ -75,6 +78,7 @@ def evaluate(
     """
     paths = data_paths(tasks, data)
     configs = configs_of(tasks, overrides)
+    _require_modules(tasks)
     loaded = load_backbone(checkpoint)
     if out is None and Path(checkpoint).is_dir():
         out = Path(checkpoint)
@@ -189,6 +193,13 @@ def configs_of(tasks: Sequence[str], overrides: Iterable[str]) -> dict[str, Any]
     for task, override in own:
         apply_override(given[task], override)
     return {task: validate(TASKS[task].config, given[task], task) for task in tasks}
+
+
+def _require_modules(tasks: Sequence[str]) -> None:
+    for name in tasks:
+        missing = [module for module in TASKS[name].needs if find_spec(module) is None]
+        if missing:
+            raise UserError(f"{name}: needs {', '.join(missing)}, not installed; run `make setup`")
 
 
 def _untrained(loaded: Loaded) -> Loaded:
