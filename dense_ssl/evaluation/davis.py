@@ -9,10 +9,10 @@ last frame left out, mean over objects.
 """
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,27 +20,29 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from dense_ssl.augment import MEAN, STD
-from dense_ssl.backbones import Backbone, ResNetBackbone
+from dense_ssl.backbones import Backbone
 from dense_ssl.config import Config as BaseConfig
+from dense_ssl.config import UserError
+from dense_ssl.distributed import rank, world_size
 from dense_ssl.evaluation.davis_data import DavisData, Video, open_davis, read_frame
+from dense_ssl.evaluation.davis_masks import Recipe, encoder_of, masks_of
 from dense_ssl.evaluation.davis_metrics import (
     contour_accuracy,
     region_similarity,
     scores,
     statistics,
 )
-from dense_ssl.evaluation.features import FeatureCache, check_size, content_key, in_order
-from dense_ssl.evaluation.finer import ThirdStage
-from dense_ssl.evaluation.label_propagation import DINO, REVISITING, Rules, propagate
+from dense_ssl.evaluation.features import FeatureCache, content_key
+from dense_ssl.evaluation.label_propagation import DINO, REVISITING
 from dense_ssl.evaluation.omissions import require_some
+from dense_ssl.evaluation.ranks import everyone
+from dense_ssl.evaluation.tinted import beside_truth, label_colours
+from dense_ssl.sheets import stacked, tiles_sheet
 
-_DINO_STD = (0.228, 0.224, 0.225)  # as published; everywhere else red has 0.229
-_LONG_MULTIPLE = 64  # of the longer side in pixels, with `dino`
+Series = tuple[list[float], list[float], list[float], list[float]]  # J, F; of the still mask too
+_DRAWN, _COLUMNS, _TILE_PX = 4, 6, 220  # sequences, and frames of each, in pictures
 
 
 class Config(BaseConfig):
@@ -55,20 +57,12 @@ class Config(BaseConfig):
     topk: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
 
-    def rules(self) -> Rules:
-        """Return the published rules of these settings, with what is given in their place."""
+    def recipe(self) -> Recipe:
+        """Return the published recipe of these settings, with what is given in its place."""
         given = self.model_dump(include={"recent", "radius", "topk", "temperature"})
         published = DINO if self.settings == "dino" else REVISITING
-        return replace(published, **{k: v for k, v in given.items() if v is not None})
-
-
-@dataclass(frozen=True, slots=True)
-class Encoder:
-    """What maps an image to the cells that this protocol compares."""
-
-    encode: Callable[[Tensor], Tensor]  # normalised [1, 3, H, W] to [D, ceil(H / s), ceil(W / s)]
-    stride: int  # s, in pixels
-    whole: bool  # sides must be multiples of the stride
+        rules = replace(published, **{k: v for k, v in given.items() if v is not None})
+        return Recipe(self.settings, self.size, rules)
 
 
 def load(path: Path, config: Config) -> DavisData:
@@ -87,145 +81,55 @@ def run(
     """Return `J&F`, `J`, `F` and the recall and decay of both in percent.
 
     `chance/...` is the first frame's mask in every frame. With a cache, finished sequences are kept: what
-    was interrupted goes on with the next one.
+    was interrupted goes on with the next one. Ranks share the sequences.
 
     Raises:
         UserError: no sequence can be read, or the network cannot take the input's size.
     """
     encoder = encoder_of(backbone)
-    regions, contours, still = [], [], ([], [])
-    total = sum(len(video.frames) for video in data.videos)
     device = next(backbone.parameters()).device
-    settings = config.model_dump_json()
+    folder = _folder(data, config, device, cache)
+    own: dict[str, list[Series] | str] = {}
+    videos = data.videos[rank() :: world_size()]
+    total = sum(len(video.frames) for video in videos)
     with tqdm(total=total, desc="frames", unit="img", leave=False, disable=None) as progress:
-        for video in data.videos:
-            key = content_key(data.protocol, settings, data.content, video.name, device.type)
-            file = cache.path(key).with_suffix(".json") if cache else None
-            found = _stored(file)
+        for video in videos:
+            found = _stored(folder, video)
             if found is None:
+                predicted = _kept(masks_of(encoder, video, config.recipe(), device), folder, video)
                 try:
-                    found = _score(video, masks_of(encoder, video, config, device), progress)
+                    found = _score(video, predicted, progress)
                 except (OSError, ValueError, SyntaxError) as error:
-                    reason = f"{config.split}: sequence not readable"
-                    data.omitted.add(reason, f"{video.name}: {error}")
+                    own[video.name] = str(error)
                     continue
-                _keep(file, found)
+                _keep(folder, video, found)
             else:
                 progress.update(len(video.frames))
-            for j, f, j_still, f_still in found:
-                regions.append(statistics(j))
-                contours.append(statistics(f))
-                still[0].append(statistics(j_still))
-                still[1].append(statistics(f_still))
-    require_some(regions, config.split, data.omitted)
-    chance = {f"chance/{name}": value for name, value in scores(*still).items()}
-    return scores(regions, contours) | chance
+            own[video.name] = found
+    return _totals([pair for part in everyone(own) for pair in part.items()], data, config)
 
 
-def encoder_of(backbone: Backbone) -> Encoder:
-    """Return a ResNet's third stage at stride 8, or any other network's dense cells.
-
-    Raises:
-        UserError: a ResNet that cannot be run at stride 8.
-    """
-    if isinstance(backbone, ResNetBackbone):
-        trunk = ThirdStage(backbone).eval()
-        return Encoder(lambda images: trunk(images)[0], ThirdStage.stride, whole=False)
-
-    def patches(images: Tensor) -> Tensor:
-        features = backbone(images)
-        return features.dense[0].T.unflatten(1, features.grid)
-
-    return Encoder(patches, backbone.stride, whole=True)
-
-
-def masks_of(
-    encoder: Encoder, video: Video, config: Config, device: torch.device
-) -> Iterator[np.ndarray]:
-    """Yield the predicted object numbers of every frame, uint8 [H, W]; the first ones as given.
-
-    Raises:
-        OSError, ValueError, SyntaxError: a frame or the first mask cannot be read.
-        UserError: the network cannot take the input's size.
-    """
-    size = input_size(video.size, encoder, config)
-    grid = (math.ceil(size[0] / encoder.stride), math.ceil(size[1] / encoder.stride))
-    given = video.truth(0)
-    dino = config.settings == "dino"
-    first = _first_labels(given, grid, nearest=dino).to(device)
-
-    def features() -> Iterator[Tensor]:
-        frames = in_order(lambda path: read_frame(path, video.size), video.frames, ahead=8)
-        with torch.inference_mode():
-            for frame in frames:
-                yield encoder.encode(_normalised(frame.to(device), size, dino)).float()
-
-    for number, labels in enumerate(propagate(features(), first, config.rules())):
-        if not number:
-            yield given
-            continue
-        yield _painted(labels, size, video.size) if dino else _argmax(labels, video.size)
-
-
-def input_size(native: tuple[int, int], encoder: Encoder, config: Config) -> tuple[int, int]:
-    """Return height and width of the network's input for frames of a native size.
-
-    Raises:
-        UserError: a side is not a multiple of a ViT's patch.
-    """
-    stride, shorter, longer = encoder.stride, min(native), max(native)
-    side = config.size or (480 if config.settings == "dino" else shorter)
-    if config.settings == "dino":
-        multiple = _LONG_MULTIPLE if _LONG_MULTIPLE % stride == 0 else stride
-        other = max(int(side * longer / shorter) // multiple, 1) * multiple
-    else:
-        other = longer if side == shorter else round(side * longer / shorter)
-    if encoder.whole:
-        check_size((side, other), stride)
-    return (side, other) if native[0] <= native[1] else (other, side)
-
-
-def _first_labels(mask: np.ndarray, grid: tuple[int, int], *, nearest: bool) -> Tensor:
-    """One-hot labels of a mask for cells, float [C, h, w]; C counts from 0 to the last object."""
-    if nearest:
-        small = Image.fromarray(mask).resize((grid[1], grid[0]), Image.Resampling.NEAREST)
-        mask = np.asarray(small)
-    classes = int(mask.max()) + 1
-    one_hot = F.one_hot(torch.from_numpy(mask.astype(np.int64)), classes)
-    maps = one_hot.permute(2, 0, 1).float()
-    return maps if nearest else _resized(maps, grid)
-
-
-def _normalised(frame: Tensor, size: tuple[int, int], dino: bool) -> Tensor:
-    """A frame uint8 [3, H, W] as the network's input [1, 3, *size], resized without antialiasing."""
-    pixels = frame.float()
-    if tuple(frame.shape[1:]) != size:
-        pixels = _resized(pixels, size).round()  # published codes resize integers
-    std = _DINO_STD if dino else STD
-    mean, std = (torch.tensor(v, device=frame.device).view(3, 1, 1) for v in (MEAN, std))
-    return ((pixels / 255 - mean) / std)[None]
-
-
-def _painted(labels: Tensor, size: tuple[int, int], native: tuple[int, int]) -> np.ndarray:
-    """Object numbers uint8 [*native]: every class stretched to 0..1, the largest at the input's size."""
-    maps = _resized(labels, size)
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    stretched = (maps - low) / (high - low).clamp(min=1e-12)
-    best = torch.where(high > 0, stretched, maps).argmax(0).to(torch.uint8).cpu().numpy()
-    return np.asarray(
-        Image.fromarray(best).resize((native[1], native[0]), Image.Resampling.NEAREST)
-    )
-
-
-def _argmax(labels: Tensor, native: tuple[int, int]) -> np.ndarray:
-    return _resized(labels, native).argmax(0).to(torch.uint8).cpu().numpy()
-
-
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
-
-
-Series = tuple[list[float], list[float], list[float], list[float]]  # J, F; both of the still mask
+def pictures(
+    backbone: Backbone, data: DavisData, config: Config, cache: FeatureCache | None = None
+) -> dict[str, Image.Image]:
+    """Return a sheet per sequence, of the first few: predicted masks over frames, true ones below."""
+    device = next(backbone.parameters()).device
+    folder = _folder(data, config, device, cache)
+    encoder = encoder_of(backbone)
+    sheets = {}
+    for video in data.videos[:_DRAWN]:
+        try:
+            found = _stored(folder, video)
+            if found is None or folder is None:
+                masks = list(masks_of(encoder, video, config.recipe(), device))
+                found = _score(video, iter(masks), tqdm(disable=True))
+            else:
+                paths = (folder / video.name / f"{frame.stem}.png" for frame in video.frames)
+                masks = [np.asarray(Image.open(path)) for path in paths]
+            sheets[video.name] = _sheet(video, masks, found, data.protocol)
+        except (OSError, ValueError, SyntaxError):
+            continue  # `run` has named it
+    return sheets
 
 
 def _score(video: Video, predicted: Iterator[np.ndarray], progress: tqdm) -> list[Series]:
@@ -248,7 +152,51 @@ def _score(video: Video, predicted: Iterator[np.ndarray], progress: tqdm) -> lis
     return found
 
 
-def _stored(file: Path | None) -> list[Series] | None:
+def _sheet(
+    video: Video, masks: Sequence[np.ndarray], found: Sequence[Series], protocol: str
+) -> Image.Image:
+    last = len(masks) - 1
+    chosen = [round(i * last / (_COLUMNS - 1)) for i in range(_COLUMNS)]
+    frames = [read_frame(video.frames[i], video.size).permute(1, 2, 0).numpy() for i in chosen]
+    colours = label_colours(max(video.objects))
+    truth = [video.truth(i) for i in chosen]
+    said, true = beside_truth(frames, [masks[i] for i in chosen], truth, colours)
+    j, f = (100 * float(np.mean([s[k] for s in found])) for k in (0, 1))
+    names = ["given", *(f"frame {i}" for i in chosen[1:])]
+    rows = [tiles_sheet(names, said, _TILE_PX), tiles_sheet(["truth"] * _COLUMNS, true, _TILE_PX)]
+    title = f"{protocol}: {video.name}, {len(found)} object(s), J {j:.1f}, F {f:.1f}"
+    return stacked(rows, title)
+
+
+def _totals(
+    scored: Sequence[tuple[str, list[Series] | str]], data: DavisData, config: Config
+) -> dict[str, float]:
+    """Scores over all objects; sequences with a reason in place of values are left out and named."""
+    objects: list[Series] = []
+    for name, found in sorted(scored):
+        if isinstance(found, str):
+            data.omitted.add(f"{config.split}: sequence not readable", f"{name}: {found}")
+        else:
+            objects += found
+    require_some(objects, config.split, data.omitted)
+    j, f, j_still, f_still = ([statistics(series) for series in each] for each in zip(*objects))
+    chance = {f"chance/{name}": value for name, value in scores(j_still, f_still).items()}
+    return scores(j, f) | chance
+
+
+def _folder(
+    data: DavisData, config: Config, device: torch.device, cache: FeatureCache | None
+) -> Path | None:
+    """Where the values and the masks of finished sequences are kept."""
+    if cache is None:
+        return None
+    return cache.job(
+        content_key(data.protocol, config.model_dump_json(), data.content, device.type)
+    )
+
+
+def _stored(folder: Path | None, video: Video) -> list[Series] | None:
+    file = folder / f"{video.name}.json" if folder else None
     if file is None or not file.is_file():
         return None
     try:
@@ -257,10 +205,34 @@ def _stored(file: Path | None) -> list[Series] | None:
         return None  # computed again
 
 
-def _keep(file: Path | None, found: Sequence[Series]) -> None:
-    if file is None:
+def _keep(folder: Path | None, video: Video, found: Sequence[Series]) -> None:
+    """Write the values of a sequence, after its masks: what has values is whole."""
+    if folder is None:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}.part")
+    shutil.rmtree(folder / video.name, ignore_errors=True)
+    _aside(folder, video).replace(folder / video.name)
+    aside = folder / f".{video.name}.{os.getpid()}.part"
     aside.write_text(json.dumps(found))
-    aside.replace(file)
+    aside.replace(folder / f"{video.name}.json")
+
+
+def _kept(
+    predicted: Iterator[np.ndarray], folder: Path | None, video: Video
+) -> Iterator[np.ndarray]:
+    """The predicted masks, each written as DAVIS's own tools read them: SEQUENCE/00000.png."""
+    palette = label_colours(max(video.objects)).tobytes()
+    for mask, frame in zip(predicted, video.frames, strict=True):
+        if folder is not None:
+            image = Image.fromarray(mask).convert("P")
+            image.putpalette(palette)
+            try:
+                _aside(folder, video).mkdir(parents=True, exist_ok=True)
+                image.save(_aside(folder, video) / f"{frame.stem}.png")
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        yield mask
+
+
+def _aside(folder: Path, video: Video) -> Path:
+    """Where masks go until their sequence is finished."""
+    return folder / f".{video.name}.masks"
