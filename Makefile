@@ -17,7 +17,7 @@ SEED   ?= 0
 KERNEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify pretrain eval export visualise report bench bench-data test lint
+.PHONY: help setup shards verify pretrain eval export visualise report bench bench-step bench-data test lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ $(VENV)/bench.stamp: constraints.txt | setup
 	@echo "bench: installing liger-kernel, cut-cross-entropy, matplotlib ..."
 	@if $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps liger-kernel cut-cross-entropy \
 	  && $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt matplotlib; then touch $@; fi
+
+bench-step: setup ## a training step beside the published sequence of operations   METHOD=ibot [ARGS="--batch 16 train.precision=bf16"]
+	@$(PY) -m dense_ssl.bench_step $(METHOD) $(ARGS)
 
 bench-data: setup ## images/s of every loader beside the peers' way   DATA=shards/coco [ARGS=]
 	@$(PY) -m dense_ssl.bench_data --data "$(DATA)" $(ARGS)

@@ -95,10 +95,24 @@ def measure(run: Bound, graded: list[Tensor], want: list[Tensor] | None) -> Meas
     del out
     if not differentiable:
         graded = []
+    remark = ""
     if device.type == "cuda":
         times, remark = _cuda_times(run, graded)
-        return Measured(times, _cuda_peak(run, graded, device), error, remark=remark)
-    return Measured(_cpu_times(run, graded), _cpu_peak(run, graded), error)
+    else:
+        times = _cpu_times(run, graded)
+    return Measured(times, peak_bytes(lambda: _whole(run, graded), device), error, remark=remark)
+
+
+def peak_bytes(run: Bound, device: torch.device) -> int:
+    """Return the most bytes that torch's allocator has given out at a time during one run."""
+    if device.type != "cuda":
+        return _cpu_peak(run)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -122,6 +136,14 @@ def _losses(out: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return the results that have gradients, and the ones that come in for them."""
     losses = [x for x in tensors(out) if x.requires_grad]
     return losses, [torch.ones_like(x) for x in losses]
+
+
+def _whole(run: Bound, graded: list[Tensor]) -> Any:
+    """Run forward and, where there are gradients, backward; results live as long as those of both."""
+    out = run()
+    if graded:
+        _backward(out, graded)
+    return out
 
 
 def _backward(out: Any, graded: Iterable[Tensor]) -> None:
@@ -157,17 +179,6 @@ def _cuda_times(run: Bound, graded: list[Tensor]) -> tuple[dict[str, Quantiles],
         low, middle, high = (max(a - b, 0.0) for a, b in zip(full, forward, strict=True))
         backward, remark = (low, middle, high), "backward is full less forward: it runs only once"
     return {"forward": forward, "backward": backward, "full": full}, remark
-
-
-def _cuda_peak(run: Bound, graded: list[Tensor], device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    out = run()
-    if graded:
-        _backward(out, graded)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 # CPU
@@ -206,13 +217,10 @@ def _quantiles(values: list[float]) -> Quantiles:
     return float(low), float(middle), float(high)
 
 
-def _cpu_peak(run: Bound, graded: list[Tensor]) -> int:
-    """Return the most bytes torch's allocator has given out at a time during one run."""
+def _cpu_peak(run: Bound) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself otherwise
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        out = run()
-        if graded:
-            _backward(out, graded)
+        run()
     results: Any = seen.profiler and seen.profiler.kineto_results
     events = [e for e in results.events() if e.name() == "[memory]"]
     live = peak = 0

@@ -21,6 +21,7 @@ from dense_ssl.methods.densecl_dc import DenseCLDCConfig
 from dense_ssl.methods.ibot import IBotConfig
 from dense_ssl.methods.ibot_dc import DC_VIEWS, IBotDCConfig
 from dense_ssl.methods.masks import MaskConfig, draw_masks
+from dense_ssl.published import ibot_dc_losses
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec
 
@@ -153,69 +154,6 @@ def test_no_extra_meets_its_own_image(images):
 # --- the whole loss, told the published way --------------------------------------------------------
 
 
-def published_loss(method, batch, mode):
-    """Return the losses and the centres' new values, by the published sequence: lists and loops."""
-    config = method.config
-    images, again = batch.views["global"].images, batch.views["extra"].images
-    backbone = method.student["backbone"]
-    grid = (4, 4)
-    masks = [
-        [torch.from_numpy(m).long() for m in crop]
-        for crop in draw_masks(config.mask, STEP, batch.index, 2, grid)
-    ]
-    count = len(masks[0])
-    chosen = [m for m in masks[0] if m.sum() > 0] + [m for m in masks[1] if m.sum() > 0]
-    chosen = chosen[: 2 * int(count * config.extras.part)]
-    n = len(chosen) // 4
-    assert n > 0
-    masks[0] = masks[0] + [2 * m for m in chosen[:n]] + [2 * (1 - m) for m in chosen[n : 2 * n]]
-    masks[1] += [2 * m for m in chosen[2 * n : 3 * n]] + [
-        2 * (1 - m) for m in chosen[3 * n : 4 * n]
-    ]
-    rows = count + 2 * n
-    seen = [torch.cat([images[v], again[v][-2 * n :]]) for v in range(2)]
-    clean = seen
-    if mode == "independent":
-        clean = [torch.cat([images[v], images[v][-2 * n :]]) for v in range(2)]
-
-    with torch.no_grad():
-        t = method.teacher["backbone"](torch.cat(clean))
-        t_cls, t_patch = method.teacher["head"](torch.cat([t.cls, t.dense], dim=1))
-    X = backbone.embed(torch.cat(seen)).permute(0, 3, 1, 2)
-    mask = torch.stack(masks[0] + masks[1])
-    source = X.flip(0).detach()
-    mixed = X.clone()
-    for i, y, x in (mask == 2).nonzero().tolist():
-        mixed[i, :, y, x] = source[i, :, y, x]
-    for i, y, x in (mask == 1).nonzero().tolist():
-        mixed[i, :, y, x] = method.masking.token[0]
-    s = backbone.encode(mixed.permute(0, 2, 3, 1))
-    s_cls, s_patch = method.student["head"](torch.cat([s.cls, s.dense], dim=1))
-
-    center, center2 = method.objective.center, method.objective.patch_center
-    T, T2 = config.teacher_temperature.at(STEP), config.patch_temperature.at(STEP)
-    P, Q = F.softmax((t_cls - center) / T, dim=-1), F.softmax((t_patch - center2) / T2, dim=-1)
-
-    def entropy(target, logits):
-        return -(target * F.log_softmax(logits / 0.1, dim=-1)).sum(-1)
-
-    cls = 0.0
-    for q, v in ((0, 1), (1, 0)):
-        own = entropy(P[q * rows : q * rows + count], s_cls[v * rows : v * rows + count])
-        cls = cls + own.mean() / 2
-    patch, dc = 0.0, 0.0
-    for row, m in enumerate(masks[0] + masks[1]):
-        losses = entropy(Q[row], s_patch[row]).view(grid)
-        if (m == 2).any():
-            kept = (m != 2).float()
-            dc = dc + (losses * kept).sum() / kept.sum().clamp(min=1) / (2 * 2 * n)
-        else:
-            patch = patch + (losses * m).sum() / m.sum().clamp(min=1) / (2 * count)
-    weighted = config.cls_weight * cls + config.patch_weight * (patch + config.dc_weight * dc)
-    new = [0.9 * center + 0.1 * t_cls.mean(0), 0.9 * center2 + 0.1 * t_patch.mean((0, 1))]
-    return {"cls": cls, "patch": patch, "dc": dc, "loss": weighted}, new
-
-
 @pytest.mark.parametrize("mode", ["shared", "independent"])
 @pytest.mark.parametrize("apart", [None, 20])
 def test_loss_gradients_and_centres_are_those_of_the_published_sequence(mode, apart):
@@ -228,7 +166,8 @@ def test_loss_gradients_and_centres_are_those_of_the_published_sequence(mode, ap
         patch_weight=1.3,
     )
     method, batch = fresh(config), batch_of(16)
-    want, centers = published_loss(method, batch, mode)
+    want = ibot_dc_losses(method, batch, STEP)
+    centers = [want.pop(name) for name in ("center", "patch_center")]
     want["loss"].backward()
     gradients = {n: p.grad.clone() for n, p in method.named_parameters() if p.requires_grad}
     method.zero_grad()

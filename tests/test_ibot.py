@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from dense_ssl.backbones import BackboneConfig
 from dense_ssl.config import UserError, validate
@@ -14,6 +13,7 @@ from dense_ssl.methods import make_method, masks
 from dense_ssl.methods.ibot import DinoConfig, IBotConfig
 from dense_ssl.methods.masks import MaskConfig, PatchRows, draw_masks
 from dense_ssl.optim import OptimConfig, apply_schedules, freeze, make_optimizer
+from dense_ssl.published import ibot_losses
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec
 
@@ -48,82 +48,6 @@ def method_of(config, seed=1):
     return method
 
 
-# --- the published sequence: all patches through the head, one pair of crops at a time -------------
-
-
-def official_vit(trunk, images, mask=None, token=None):
-    maps = trunk.patch_embed.proj(images)  # [B, D, h, w]
-    if mask is not None:
-        maps.permute(0, 2, 3, 1)[mask] = token.to(maps.dtype)
-    height, width = maps.shape[-2:]
-    table = trunk.pos_embed[:, 1:]
-    side = int(table.shape[1] ** 0.5)
-    if (height, width) != (side, side):
-        square = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        factor = ((height + 0.1) / side, (width + 0.1) / side)
-        square = F.interpolate(square, scale_factor=factor, mode="bicubic")
-        table = square.permute(0, 2, 3, 1).reshape(1, -1, trunk.embed_dim)
-    x = torch.cat([trunk.cls_token.expand(len(images), -1, -1), maps.flatten(2).transpose(1, 2)], 1)
-    x = x + torch.cat([trunk.pos_embed[:, :1], table], 1)
-    return trunk.norm(trunk.blocks(x))
-
-
-def official_head(head, tokens):
-    x = F.normalize(head.mlp(tokens), dim=-1, p=2)
-
-    def logits(layer, x):
-        norm = layer.weight_v.norm(dim=1, keepdim=True)
-        return F.linear(x, layer.weight_v * (layer.weight_g / norm))
-
-    return logits(head.last_layer, x[:, 0]), logits(head.last_layer2 or head.last_layer, x[:, 1:])
-
-
-def official_losses(method, batch, step):
-    """Losses, new centres; gradients come by autograd through all of it."""
-    cfg, objective = method.config, method.objective
-    images = batch.views["global"].images
-    flat, local = images.flatten(0, 1), batch.views.get("local")
-    masked = method.masking is not None
-    mask = token = None
-    if masked:
-        mask = torch.from_numpy(draw_masks(cfg.mask, step, batch.index, 2, (4, 4)))
-        token = method.masking.token
-    with torch.no_grad():
-        t_cls, t_patch = official_head(
-            method.teacher["head"], official_vit(method.teacher["backbone"].trunk, flat)
-        )
-    trunk, head = method.student["backbone"].trunk, method.student["head"]
-    s_cls, s_patch = official_head(
-        head, official_vit(trunk, flat, mask.flatten(0, 1) if masked else None, token)
-    )
-    if local is not None:
-        tokens = official_vit(trunk, local.images.flatten(0, 1))
-        s_cls = torch.cat([s_cls, official_head(head, tokens)[0]])
-    batch_size = images.shape[1]
-    students = [x / 0.1 for x in s_cls.split(batch_size)]
-    tau = cfg.teacher_temperature.at(step)
-    teachers = [F.softmax((x - objective.center) / tau, -1) for x in t_cls.split(batch_size)]
-    total, terms = 0, 0
-    for q, target in enumerate(teachers):
-        for v, logits in enumerate(students):
-            if v != q:
-                total = total + torch.sum(-target * F.log_softmax(logits, -1), -1).mean()
-                terms += 1
-    losses = {"cls": total / terms}
-    centers = [0.9 * objective.center + 0.1 * t_cls.mean(0)]
-    if masked:
-        tau = cfg.patch_temperature.at(step)
-        s_patches, t_patches = s_patch.split(batch_size), t_patch.split(batch_size)
-        total = 0
-        for s, t, m in zip(s_patches, t_patches, mask.flatten(2).float(), strict=True):
-            target = F.softmax((t - objective.patch_center) / tau, -1)
-            loss = torch.sum(-target * F.log_softmax(s / 0.1, -1), -1)
-            total = total + ((loss * m).sum(-1) / m.sum(-1).clamp(min=1)).mean()
-        losses["patch"] = total / 2
-        centers.append(0.9 * objective.patch_center + 0.1 * t_patch.mean((0, 1)))
-    return losses, centers
-
-
 CONFIGS = {
     "ibot": IBotConfig(**SMALL, views=(GLOBAL, LOCAL)),
     "ibot, two crops": IBotConfig(**SMALL, views=(GLOBAL,)),
@@ -140,10 +64,9 @@ def test_losses_gradients_and_centres_are_those_of_the_published_sequence(name, 
     config = CONFIGS[name]
     method, step = method_of(config), Step(index, 10, 100, seed=5)
     batch = batch_of(config.views)
-    losses, centers = official_losses(method, batch, step)
-    total = config.cls_weight * losses["cls"]
-    if "patch" in losses:
-        total = total + config.patch_weight * losses["patch"]
+    losses = ibot_losses(method, batch, step)
+    total = losses.pop("loss")
+    centers = [losses.pop(name) for name in ("center", "patch_center") if name in losses]
     trained = {n: p for n, p in method.named_parameters() if p.requires_grad}
     want = torch.autograd.grad(total, list(trained.values()))
     output = method(batch, step)

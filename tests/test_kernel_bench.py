@@ -63,10 +63,10 @@ def only_toy(monkeypatch):
 
 def test_cpu_peak_is_all_that_lives_at_once_above_the_inputs():
     x = torch.zeros(1000, 1000)
-    assert bench_measure._cpu_peak(lambda: (x + x) + (x * x), []) == 3 * x.nbytes
-    chain = bench_measure._cpu_peak(lambda: x.add(1).add(1).add(1), [])
+    assert bench_measure._cpu_peak(lambda: (x + x) + (x * x)) == 3 * x.nbytes
+    chain = bench_measure._cpu_peak(lambda: x.add(1).add(1).add(1))
     assert 2 * x.nbytes <= chain < 2 * x.nbytes + 100  # and a few numbers wrapped in tensors
-    assert bench_measure._cpu_peak(lambda: x.view(-1), []) == 0
+    assert bench_measure._cpu_peak(lambda: x.view(-1)) == 0
 
 
 def test_backward_and_full_are_measured_where_there_are_gradients():

@@ -34,6 +34,7 @@ from dense_ssl.methods.sere_relations import (
     spatial_loss,
 )
 from dense_ssl.methods.synced_batch_norm import SyncedBatchNorm
+from dense_ssl.published.relations import aligned, relation_term, spatial_relation
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec
 from tests.test_distributed import on_ranks
@@ -92,45 +93,25 @@ def published_grids(crops, a, others, b, size):
     )  # fmt: skip
 
 
-def published_relation(y, heads):
-    """[B, N, C] -> [B, M, N, N]."""
-    parts = y.transpose(1, 2).unflatten(1, (heads, -1))
-    return torch.einsum("bmci,bmcj->bmij", parts, parts) / math.sqrt(parts.shape[2])
-
-
-def published_alignment(relation, grid_q, grid_k):
-    """Sample keys as one image per query, then queries as one image per key."""
-    b, m, n, _ = relation.shape
-    s, q, k = math.isqrt(n), grid_q.shape[1] ** 2, grid_k.shape[1] ** 2
-    x = F.grid_sample(relation.reshape(b, m * n, s, s), grid_k, align_corners=False)
-    x = x.reshape(b, m, n, k).transpose(2, 3).reshape(b, m * k, s, s)
-    x = F.grid_sample(x, grid_q, align_corners=False)
-    return x.reshape(b, m, k, q).transpose(2, 3)
-
-
-def published_term(teacher, student, T):
-    return -((teacher / T).softmax(-1) * student.log_softmax(-1)).sum(-1).mean()
-
-
 def published_spatial_loss(student, teacher, local, crops, of_local, sizes, local_size, T):
-    aligned = []
+    sampled = []
     for y in (student, teacher):
-        aligned.append([
-            published_alignment(
-                published_relation(part, HEADS),
+        sampled.append([
+            aligned(
+                spatial_relation(part, HEADS),
                 *(published_grids(crops, g, crops, 1 - g, size) for size in sizes),
             )
             for g, part in enumerate(y.chunk(2))
         ])  # fmt: skip
-    (s1, s2), (t1, t2) = aligned
-    terms = [published_term(t1, s2, T), published_term(t2, s1, T)]
+    (s1, s2), (t1, t2) = sampled
+    terms = [relation_term(t1, s2, T), relation_term(t2, s1, T)]
     for g, i in itertools.product(range(2), range(LOCALS if local is not None else 0)):
         there = published_grids(crops, g, of_local, i, local_size)
         here = published_grids(of_local, i, crops, g, local_size)
-        target = published_relation(teacher.chunk(2)[g], HEADS)
-        own = published_relation(local.chunk(LOCALS)[i], HEADS)
-        own, target = (published_alignment(r, x, x) for r, x in ((own, here), (target, there)))
-        terms.append(published_term(target, own, T))
+        target = spatial_relation(teacher.chunk(2)[g], HEADS)
+        own = spatial_relation(local.chunk(LOCALS)[i], HEADS)
+        own, target = (aligned(r, x, x) for r, x in ((own, here), (target, there)))
+        terms.append(relation_term(target, own, T))
     return torch.stack(terms).mean()
 
 
@@ -166,9 +147,9 @@ def test_channel_loss_is_the_mean_over_pairs_gradients_included():
         return torch.einsum("bnc,bnd->bcd", y, y) / y.shape[1]
 
     (s1, s2), (t1, t2) = (relate(y).chunk(2) for y in (student, teacher))
-    terms = [published_term(t1, s2, 0.1), published_term(t2, s1, 0.1)]
+    terms = [relation_term(t1, s2, 0.1), relation_term(t2, s1, 0.1)]
     terms += [
-        published_term(t, own, 0.1) for t in (t1, t2) for own in relate(local).chunk(LOCALS)
+        relation_term(t, own, 0.1) for t in (t1, t2) for own in relate(local).chunk(LOCALS)
     ]  # fmt: skip
     want = torch.stack(terms).mean()
     torch.testing.assert_close(loss, want)
