@@ -111,7 +111,7 @@ POLICIES: dict[str, Policy] = {
     "dc_1": Policy((GaussianBlur(p=1.0), _JITTER_DINO, _GREY)),
     "dc_2": Policy((GaussianBlur(p=0.1), _JITTER_DINO, _GREY, Solarize(p=0.2))),
     # UDI's published code blurs a crop of the first branch with probability 1/2 * 1/2 + 1/2 * 1
-    "udi": Policy((_JITTER_MOCO, _GREY, OneOf(((GaussianBlur(p=0.75),), _BLUR_SOLARIZE)))),
+    "udi": Policy((_JITTER_DINO, _GREY, OneOf(((GaussianBlur(p=0.75),), _BLUR_SOLARIZE)))),
 }
 
 

@@ -12,6 +12,7 @@ from dense_ssl.methods.ibot_dc import IBotDC, IBotDCConfig
 from dense_ssl.methods.method import Method, MethodConfig, Output, ParamGroup, Step
 from dense_ssl.methods.moco import MoCo, MoCoConfig
 from dense_ssl.methods.sere import Sere, SereConfig
+from dense_ssl.methods.udi import Udi, UdiConfig
 
 __all__ = [
     "METHODS",
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "ibot_dc": IBotDC,
     "dino": IBot,
     "sere": Sere,
+    "udi": Udi,
 }
 
 AnyMethodConfig = Annotated[
@@ -44,7 +46,8 @@ AnyMethodConfig = Annotated[
     | IBotConfig
     | IBotDCConfig
     | DinoConfig
-    | SereConfig,
+    | SereConfig
+    | UdiConfig,
     Field(discriminator="name"),
 ]
 

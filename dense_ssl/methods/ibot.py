@@ -14,7 +14,7 @@ which is the same mean of logits; masks are drawn per (seed, epoch, image, crop)
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -124,8 +124,16 @@ class IBot(Method):
         return groups_with_frozen_last_layers(self, self.config.freeze_last_layer)
 
 
+class MakesHeads(Protocol):
+    """An objective, as far as networks are concerned."""
+
+    def make_head(self, dim: int) -> PrototypeHead:
+        """Return a freshly initialised head for tokens of width `dim`."""
+        ...
+
+
 def distillation_pair(
-    backbone: BackboneConfig, objective: IBotObjective
+    backbone: BackboneConfig, objective: MakesHeads
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Return student and teacher, equal but that the teacher drops no path."""
 
