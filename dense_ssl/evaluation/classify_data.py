@@ -16,7 +16,7 @@ from dense_ssl.config import UserError
 from dense_ssl.evaluation import coco
 from dense_ssl.evaluation.features import content_key, file_stamp, thinned
 from dense_ssl.evaluation.omissions import Omissions, require_some
-from dense_ssl.loaders.source import SUFFIXES, decode
+from dense_ssl.loaders.source import SUFFIXES, decode, upright_size
 
 SPLITS = ("train", "val")
 MIN_OBJECT_PX = 32  # shorter side of a box that is worth recognising
@@ -173,6 +173,19 @@ def open_picture(
     with Image.open(io.BytesIO(picture.path.read_bytes())) as opened:
         image = opened.convert("RGB")
     return image, _square(picture.box, *image.size)
+
+
+def picture_size(picture: Picture) -> tuple[int, int] | None:
+    """Return height and width of the window `open_picture` will give, rounded down, from the header alone.
+
+    None where the header cannot be read.
+    """
+    size = upright_size(picture.path)
+    if picture.box is None or size is None:
+        return size
+    with Image.open(picture.path) as opened:
+        left, top, right, bottom = _square(picture.box, *opened.size)
+    return int(bottom - top), int(right - left)
 
 
 def held_out(labels: Tensor, share: float, seed: int) -> Tensor:

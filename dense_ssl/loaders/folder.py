@@ -47,8 +47,8 @@ class FolderReader:
             batch_sampler=tasks,
             num_workers=workers,
             collate_fn=_collate,
-            multiprocessing_context=_worker_context() if workers else None,
-            worker_init_fn=partial(_end_with, os.getpid()),
+            multiprocessing_context=worker_context() if workers else None,
+            worker_init_fn=partial(end_with, os.getpid()),
         )
         for wanted, images in zip(order, loader, strict=True):
             index = wanted.copy()
@@ -146,7 +146,7 @@ def _collate(images: list[list[Tensor] | str]) -> list[list[Tensor] | str]:
     return images
 
 
-def _end_with(trainer: int, _: int) -> None:
+def end_with(trainer: int, _: int) -> None:
     """End this worker when the process `trainer` ends, SIGKILL included.
 
     torch watches a worker's parent, which here is the fork server: it lives as long as its workers,
@@ -163,7 +163,7 @@ def _end_with(trainer: int, _: int) -> None:
     threading.Thread(target=watch, name="end with the trainer", daemon=True).start()
 
 
-def _worker_context() -> BaseContext:
+def worker_context() -> BaseContext:
     """Return a way to start workers that is safe beside the threads of numba, DALI and FFCV."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

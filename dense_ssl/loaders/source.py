@@ -85,7 +85,7 @@ class FolderSource:
         if not candidates:
             raise UserError(f"{root}: no image below this folder ({', '.join(sorted(SUFFIXES))})")
         with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-            sizes = list(pool.map(_upright_size, candidates))
+            sizes = list(pool.map(upright_size, candidates))
         self.paths = [path for path, size in zip(candidates, sizes) if size is not None]
         refused = [path for path, size in zip(candidates, sizes) if size is None]
         if refused:
@@ -150,7 +150,7 @@ def _images_below(root: Path) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _upright_size(path: Path) -> tuple[int, int] | None:
+def upright_size(path: Path) -> tuple[int, int] | None:
     """Return (height, width) as stored in the header, None when it cannot be read."""
     try:
         with Image.open(path) as image:
