@@ -17,6 +17,7 @@ from dense_ssl.methods.ibot_dc import IBotDCConfig
 from dense_ssl.methods.masks import MaskConfig
 from dense_ssl.methods.moco import MoCoConfig
 from dense_ssl.methods.sere import SereConfig
+from dense_ssl.methods.udi import UdiConfig
 from dense_ssl.optim import OptimConfig, make_optimizer
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec, draw_epoch
@@ -69,6 +70,16 @@ RELATED = {"overlap_size": (5, 5), "local_overlap_size": 2}
 CONFIGS |= {
     "sere": SereConfig(**PROTOTYPES, **RELATED, backbone=DINO_VIT),
     "sere-global": SereConfig(**PROTOTYPES | {"views": MULTI_CROP[:1]}, backbone=DINO_VIT),
+}
+SAMPLED = {"global_window": 2, "local_window": 1, "attention_heads": 4}
+TWO_TOKENS = DINO_VIT.model_copy(update={"class_tokens": 2})
+CONFIGS |= {
+    "udi": UdiConfig(**PROTOTYPES, **SAMPLED, backbone=TWO_TOKENS),
+    "udi-global": UdiConfig(
+        **PROTOTYPES | {"views": MULTI_CROP[:1]}, **SAMPLED, backbone=TWO_TOKENS
+    ),
+    "udi-one_token": UdiConfig(**PROTOTYPES, **SAMPLED, backbone=DINO_VIT),
+    "udi-no_patches": UdiConfig(**PROTOTYPES, patches=False, backbone=DINO_VIT),
 }
 
 

@@ -22,9 +22,15 @@ MULTI_CROP = """views: [
 TWINS = """views: [
     {name: global, count: 2, size: 64, photometric: [dc_1, dc_2]},
     {name: extra, count: 2, size: 64, photometric: [dc_1, dc_2], twin_of: global, part: 0.5}]"""
+PULLED = """views: [
+    {name: global, count: 2, size: 64, photometric: udi,
+     near: {kind: pull, of: "global[0]", amount: 0.5}},
+    {name: local, count: 2, size: 32, scale: [0.05, 0.4], photometric: udi,
+     near: {kind: pull, of: hull(global), amount: 0.5}}]"""
 REGIONS = "mask: {shape: rcc, ratio: [0.5], spread: [0.1]}"
 RESNET = "{name: test_resnet, init: fan_in, bn_groups: 2}"
 VIT = "{name: test_vit, init: dino, positions: dino, drop_path: 0.1}"
+TWO_TOKENS = VIT.replace("}", ", class_tokens: 2}")
 PROTOTYPES = "bottleneck_dim: 8"
 
 # method: views, backbone, further settings. Whatever draws random numbers or keeps state is on.
@@ -36,6 +42,7 @@ METHODS_BY_NAME = {
     "ibot": (MULTI_CROP, VIT, PROTOTYPES),
     "ibot_dc": (TWINS, VIT, f"{PROTOTYPES}, {REGIONS}, dc_photometric: independent"),
     "sere": (MULTI_CROP, VIT, PROTOTYPES),
+    "udi": (PULLED, TWO_TOKENS, f"{PROTOTYPES}, local_window: 1, attention_heads: 4"),
 }
 
 
