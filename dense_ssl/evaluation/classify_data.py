@@ -42,6 +42,11 @@ class LabelledPictures:
     pictures: tuple[Picture, ...]
     labels: Tensor  # int64 [n]
 
+    def subset(self, chosen: Tensor) -> "LabelledPictures":
+        """Return the pictures where `chosen`, bool [n], is true."""
+        pictures = tuple(p for p, keep in zip(self.pictures, chosen.tolist(), strict=True) if keep)
+        return LabelledPictures(pictures, self.labels[chosen])
+
 
 @dataclass(frozen=True, slots=True)
 class ClassifyData:

@@ -17,7 +17,7 @@ from PIL import Image
 from dense_ssl.backbones import Backbone, make_backbone
 from dense_ssl.config import Config, UserError, apply_override, validate
 from dense_ssl.distributed import World, close_world, init_world, rank
-from dense_ssl.evaluation import davis, knn, results, segment, svm
+from dense_ssl.evaluation import davis, knn, linear, results, segment, svm
 from dense_ssl.evaluation.features import FeatureCache, content_key
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.results import Result
@@ -49,6 +49,9 @@ class Task:
 
 TASKS: dict[str, Task] = {
     "knn": Task(knn.Config, knn.load, knn.run, knn.pictures, ranks=True),
+    "linear": Task(
+        linear.Config, linear.load, linear.run, linear.pictures, ranks=True, resumes=True
+    ),
     "segment": Task(segment.Config, segment.load, segment.run),
     "davis": Task(davis.Config, davis.load, davis.run, davis.pictures, ranks=True, resumes=True),
     "svm": Task(svm.Config, svm.load, svm.run, needs=("sklearn",)),
