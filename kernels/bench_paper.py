@@ -126,7 +126,11 @@ def reduced(spec: KernelSpec, shape: Shape, dtype: torch.dtype) -> Shape:
 
     while cost(shape) > CPU_BYTES or flops_of(spec, shape) > CPU_FLOPS:
         halved = {k: max(v // 2, 1) if k in COUNTED else v for k, v in shape.items()}
-        if cost(halved) > 0.75 * cost(shape):  # what is left does not depend on the number of rows
+        lighter = cost(shape) > CPU_BYTES and cost(halved) <= 0.75 * cost(shape)
+        quicker = flops_of(spec, shape) > CPU_FLOPS and flops_of(spec, halved) < flops_of(
+            spec, shape
+        )
+        if not (lighter or quicker):  # what is left does not depend on the number of rows
             break
         shape = halved
     return shape

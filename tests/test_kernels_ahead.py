@@ -22,7 +22,8 @@ def launches(spec, shape, dtype, sm):
             given[name].requires_grad_()
         out = spec.call(**given)
         if spec.grads:
-            out.sum().backward()
+            results = [out] if isinstance(out, torch.Tensor) else out
+            sum(x.sum() for x in results).backward()
     return found
 
 
