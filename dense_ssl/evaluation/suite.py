@@ -17,7 +17,16 @@ from PIL import Image
 from dense_ssl.backbones import Backbone, make_backbone
 from dense_ssl.config import Config, UserError, apply_override, validate
 from dense_ssl.distributed import World, close_world, init_world, rank
-from dense_ssl.evaluation import davis, knn, linear, results, segment, svm
+from dense_ssl.evaluation import (
+    correspondence,
+    davis,
+    knn,
+    linear,
+    results,
+    segment,
+    semi_supervised,
+    svm,
+)
 from dense_ssl.evaluation.features import FeatureCache, content_key
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.results import Result
@@ -53,7 +62,13 @@ TASKS: dict[str, Task] = {
         linear.Config, linear.load, linear.run, linear.pictures, ranks=True, resumes=True
     ),
     "segment": Task(segment.Config, segment.load, segment.run),
+    "correspondence": Task(
+        correspondence.Config, correspondence.load, correspondence.run, correspondence.pictures
+    ),
     "davis": Task(davis.Config, davis.load, davis.run, davis.pictures, ranks=True, resumes=True),
+    "semi-supervised": Task(
+        semi_supervised.Config, semi_supervised.load, semi_supervised.run, needs=("sklearn",)
+    ),
     "svm": Task(svm.Config, svm.load, svm.run, needs=("sklearn",)),
 }
 
