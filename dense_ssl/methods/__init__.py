@@ -11,6 +11,7 @@ from dense_ssl.methods.ibot import DinoConfig, IBot, IBotConfig
 from dense_ssl.methods.ibot_dc import IBotDC, IBotDCConfig
 from dense_ssl.methods.method import Method, MethodConfig, Output, ParamGroup, Step
 from dense_ssl.methods.moco import MoCo, MoCoConfig
+from dense_ssl.methods.revisiting import Revisiting, RevisitingConfig
 from dense_ssl.methods.sere import Sere, SereConfig
 from dense_ssl.methods.udi import Udi, UdiConfig
 
@@ -30,6 +31,7 @@ logger = logging.getLogger("dense_ssl")
 
 METHODS: dict[str, type[Method]] = {
     "moco": MoCo,
+    "revisiting": Revisiting,
     "densecl": DenseCL,
     "densecl_dc": DenseCLDC,
     "ibot": IBot,
@@ -41,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
 
 AnyMethodConfig = Annotated[
     MoCoConfig
+    | RevisitingConfig
     | DenseCLConfig
     | DenseCLDCConfig
     | IBotConfig

@@ -1,5 +1,8 @@
 """Small modules that more than one method has."""
 
+import contextlib
+from collections.abc import Generator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,15 +23,15 @@ def unit(x: Tensor) -> Tensor:
 class KeyQueue(nn.Module):
     """The K most recent keys, first in first out (MoCo, arXiv:1911.05722, section 3.2).
 
-    Keys are rows [K, D] of unit vectors; at the start they are normalised Gaussian noise.
+    Keys are rows [K, D] of unit vectors, kept in `dtype`; at the start they are normalised Gaussian noise.
     """
 
     keys: Tensor
     pointer: Tensor
 
-    def __init__(self, length: int, dim: int) -> None:
+    def __init__(self, length: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.register_buffer("keys", F.normalize(torch.randn(length, dim), dim=1))
+        self.register_buffer("keys", F.normalize(torch.randn(length, dim), dim=1).to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
@@ -40,7 +43,22 @@ class KeyQueue(nn.Module):
                 f"method.queue_length: {length} is shorter than the {keys.shape[0]} keys of one step; "
                 "make it at least train.batch_size"
             )
-        # Positions are computed on the device: reading the pointer back would stall the step.
-        at = (self.pointer + torch.arange(keys.shape[0], device=keys.device)) % length
+        at = self._places(len(keys))
         self.keys.index_copy_(0, at, keys.to(self.keys.dtype))
-        self.pointer.copy_((self.pointer + keys.shape[0]) % length)
+        self.pointer.copy_((self.pointer + len(keys)) % length)
+
+    @contextlib.contextmanager
+    def as_after(self, keys: Tensor) -> Generator[None]:
+        """Hold keys [M, D] within the block as if they had been pushed; leave everything as it was."""
+        at = self._places(len(keys))
+        before = self.keys[at]
+        self.keys.index_copy_(0, at, keys.to(self.keys.dtype))
+        try:
+            yield
+        finally:
+            self.keys.index_copy_(0, at, before)
+
+    def _places(self, count: int) -> Tensor:
+        """Return where the next `count` keys go, int64."""
+        # Computed on the device: reading the pointer back would stall the step.
+        return (self.pointer + torch.arange(count, device=self.keys.device)) % len(self.keys)
