@@ -38,7 +38,7 @@ STREAM = int.from_bytes(b"boxes", "big")  # this module's branch of the random n
 _FREE, _OVERLAP, _PULL, _PULL_PUBLISHED, _TWIN = range(5)
 _KINDS = {"overlap": _OVERLAP, "pull": _PULL, "pull_published": _PULL_PUBLISHED}
 _ANCHOR = re.compile(
-    r"(?:(?P<mirrored>mirrored_)?hull\((?P<hull>[^()\[\]]+)\)"
+    r"(?:(?:mirrored_)?hull\((?P<hull>[^()\[\]]+)\)"
     r"|(?P<name>[^()\[\]]+)\[(?P<position>\d+)\])"
 )
 _IMAGES_PER_TASK = 16384
@@ -48,7 +48,7 @@ class Near(Config):
     """Where a view must lie relative to one drawn before it."""
 
     kind: Literal["overlap", "pull", "pull_published"]
-    of: str  # "large[1]" for one crop, "hull(global)" or "mirroredhull_of(global)" for a view's crops
+    of: str  # "large[1]" for one crop, "hull(global)" or "mirrored_hull(global)" for a view's crops
     amount: Annotated[float, Field(ge=0, le=1)]
 
 
@@ -189,7 +189,7 @@ def _compile(views: Sequence[ViewSpec]) -> tuple[np.ndarray, np.ndarray]:
             elif view.near is not None:
                 anchor = _anchor(view, where)
                 if anchor.stop <= position:
-                    mirrored = view.near.of.startswith("mirroredhull_of(")
+                    mirrored = view.near.of.startswith("mirrored_hull(")
                     rule = (_KINDS[view.near.kind], anchor.start, anchor.stop, int(mirrored))
                     amount = view.near.amount
             log_ratio = np.log(view.ratio)

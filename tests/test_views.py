@@ -159,6 +159,15 @@ class Draws:
         return uniform, below
 
 
+def mirrored(boxes, flips, bottom):
+    """(left, bottom, right) of the hull whose corners come the other way round in mirrored crops."""
+    signed = [
+        (j + w - 1, j) if flip else (j, j + w - 1) for (_, j, _, w), flip in zip(boxes, flips)
+    ]
+    ends = sorted((min(a for a, _ in signed), max(b for _, b in signed)))
+    return ends[0], bottom, ends[1] + 1
+
+
 def plan_slowly(views, sizes, seed, epoch, index):
     """What `draw_epoch` returns, one box at a time."""
     where = positions(views)
@@ -178,15 +187,18 @@ def plan_slowly(views, sizes, seed, epoch, index):
                 area = (height, width, view.scale, view.ratio)
                 anchor = None
                 if view.near is not None:
-                    name = view.near.of.removeprefix("hull(").split("[")[0].rstrip(")")
+                    of = view.near.of.removeprefix("mirrored_")
+                    name = of.removeprefix("hull(").split("[")[0].rstrip(")")
                     first, last = where[name].start, where[name].stop
-                    if not view.near.of.startswith("hull"):
-                        first += int(view.near.of.split("[")[1][:-1])
+                    if not of.startswith("hull"):
+                        first += int(of.split("[")[1][:-1])
                         last = first + 1
                     if last <= at:
                         i0, j0 = (min(b[k] for b in row[first:last]) for k in (0, 1))
                         i1, j1 = (max(b[k] + b[k + 2] for b in row[first:last]) for k in (0, 1))
                         anchor = (i0, j0, i1, j1)
+                        if of != view.near.of:
+                            anchor = (i0, *mirrored(row[first:last], flipped[first:last], i1))
                 if anchor is None:
                     row.append(free_box(*area, draws.tries[:10]))
                 elif view.near.kind == "overlap":
@@ -196,7 +208,9 @@ def plan_slowly(views, sizes, seed, epoch, index):
                 else:
                     i0, j0, i1, j1 = anchor
                     last = (i0, j0, i1 - 1, j1 - 1)
-                    row.append(pulled_box(*area, last, view.near.amount, draws.tries[:10]))
+                    published = view.near.kind == "pull_published"
+                    pulled = (last, view.near.amount, draws.tries[:10], published)
+                    row.append(pulled_box(*area, *pulled))
         boxes.append([(left, top, left + w, top + h) for top, left, h, w in row])
         flips.append(flipped)
     return CropPlan(np.array(boxes), np.array(flips))
@@ -226,6 +240,12 @@ RECIPES = {
                  near=near("pull", "global[0]", 0.5)),
         ViewSpec(name="local", count=6, size=96, scale=(0.05, 0.25),
                  near=near("pull", "hull(global)", 0.5)),
+    ),
+    "pulled as published": (
+        ViewSpec(name="global", count=2, size=224, scale=(0.25, 1),
+                 near=near("pull_published", "global[0]", 0.5)),
+        ViewSpec(name="local", count=3, size=96, scale=(0.05, 0.25),
+                 near=near("pull_published", "mirrored_hull(global)", 0.5)),
     ),
     "twins": (
         ViewSpec(name="global", count=2, size=224),
@@ -312,6 +332,23 @@ def test_flips_come_as_often_as_asked():
 
 def spec(name, count=1, **changes):
     return ViewSpec(name=name, count=count, size=8, **changes)
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_the_mirrored_hull_of_mirrored_crops_is_what_they_share_from_left_to_right(flip):
+    views = (
+        spec("global", 2, scale=(0.3, 0.6), flip=flip, near=near("pull", "global[0]", 0.5)),
+        spec("local", scale=(0.01, 0.02), near=near("pull", "mirrored_hull(global)", 0.5)),
+    )
+    boxes = draw_epoch(views, np.full((2000, 2), 400, np.int32), 0, 0).boxes
+    inside, reach = {}, {"rows": (1, 3), "columns": (0, 2)}
+    for axis, (low, high) in reach.items():
+        shared = (boxes[:, :2, low].max(axis=1), boxes[:, :2, high].min(axis=1))
+        local = boxes[:, 2, low], boxes[:, 2, high]
+        common = np.minimum(shared[1], local[1]) - np.maximum(shared[0], local[0])
+        inside[axis] = common >= (local[1] - local[0]) / 2 - 2
+    assert inside["columns"].all() == bool(flip)
+    assert 0.3 < inside["rows"].mean() < 0.99
 
 
 def share_of_first(box, other):
