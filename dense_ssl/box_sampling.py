@@ -117,6 +117,20 @@ def free_box(
     return int(top), int(left), int(height), int(width)
 
 
+def constrained_box(
+    size: Sequence[int],
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    anchor: Sequence[int],
+    least: float,
+    rng: random.Random,
+) -> tuple[int, int, int, int]:
+    """Return a box of which a share `least` lies in an anchor, as compiled boxes are but drawn from rng."""
+    number = (*scale, *ratio, *np.log(ratio))
+    top, left, height, width = _python_sample(rng, *size, number, least, *anchor)
+    return int(top), int(left), int(height), int(width)
+
+
 def pulled_box(
     size: Sequence[int],
     scale: Sequence[float],

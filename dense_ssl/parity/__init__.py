@@ -42,7 +42,17 @@ from dense_ssl.parity.distillation import (
     vit_forward,
 )
 from dense_ssl.parity.propagation import label_propagate, propagate_labels
-from dense_ssl.parity.revisiting import autoaugment_subpolicy
+from dense_ssl.parity.revisiting import (
+    autoaugment_subpolicy,
+    constrained_box,
+    free_box,
+    intersection,
+    knn_pull_loss,
+    lr_poly,
+    lr_step,
+    multicrop_logits,
+    van_gansbeke_losses,
+)
 from dense_ssl.parity.sere import (
     align_overlap,
     align_relation,
@@ -95,6 +105,7 @@ __all__ = [
     "channel_head_forward",
     "channel_self_relation",
     "clip_per_tensor",
+    "constrained_box",
     "cosine_lr",
     "cosine_schedule",
     "create_map",
@@ -112,16 +123,22 @@ __all__ = [
     "enqueue",
     "extract_backbone",
     "flip_coord",
+    "free_box",
     "global_info_nce",
     "ibot_head",
     "ibot_loss",
     "interpolate_pos",
+    "intersection",
     "knn_classify",
+    "knn_pull_loss",
     "label_propagate",
     "lambda_at",
+    "lr_poly",
+    "lr_step",
     "masked_ce",
     "mix_tokens",
     "moco_logits",
+    "multicrop_logits",
     "overlap_grid",
     "param_groups",
     "photometric_dc",
@@ -154,6 +171,7 @@ __all__ = [
     "unshuffle_indices",
     "update_center",
     "update_centre",
+    "van_gansbeke_losses",
     "vit_forward",
     "voc_ap_11point",
 ]
