@@ -113,13 +113,22 @@ def _mixed(scores: Tensor, labels: Tensor, rules: Rules) -> Tensor:
     """Mean labels [tiles, C, q] of sources [tiles, C, n], by the largest of scores [tiles, q, n]."""
     best, index = scores.topk(min(rules.topk, scores.shape[2]), dim=2)
     if rules.ties:
-        best = scores.masked_fill(scores < best[..., -1:], -math.inf)
-        weights = ((best - best.amax(2, keepdim=True)) / rules.temperature).exp()
-        weights = weights / weights.sum(2, keepdim=True)
-        return labels @ weights.transpose(1, 2)
+        return _mixed_with_ties(scores, labels, best, rules.temperature)
     weights = (best / rules.temperature).softmax(2)  # [tiles, q, k]
     taken = labels.gather(2, index.flatten(1)[:, None].expand(-1, labels.shape[1], -1))
     return (taken.unflatten(2, index.shape[1:]) * weights[:, None]).sum(3)
+
+
+def _mixed_with_ties(scores: Tensor, labels: Tensor, best: Tensor, temperature: float) -> Tensor:
+    """The same by all scores that are not below the least of `best` [tiles, q, k], however many."""
+    kept = (scores >= best[..., -1:]) & (scores > -math.inf)
+    tile, target, source = kept.nonzero(as_tuple=True)
+    weights = ((scores[tile, target, source] - best[tile, target, 0]) / temperature).exp()
+    row = tile * best.shape[1] + target
+    total = scores.new_zeros(best.shape[0] * best.shape[1]).index_add_(0, row, weights)
+    shares = (weights / total[row])[:, None] * labels[tile, :, source]
+    mixed = labels.new_zeros(len(total), labels.shape[1]).index_add_(0, row, shares)
+    return mixed.unflatten(0, best.shape[:2]).transpose(1, 2)
 
 
 def _windows(rows: Tensor, tiles: int, reach: int) -> Tensor:
