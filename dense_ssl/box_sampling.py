@@ -15,6 +15,7 @@ import numpy as np
 from dense_ssl.rng import uniform
 
 MAX_SIDE_PX = 32767  # boxes are int16
+HULL, MIRRORED_HULL, SHARED = range(3)  # what an anchor is of several crops
 ATTEMPTS = 10  # of torchvision's RandomResizedCrop and of both constrained samplers
 
 
@@ -75,20 +76,25 @@ def pull(start, extent, low, high, side, amount, least):  # noqa: ANN001, ANN201
 
 
 @nb.njit(error_model="numpy")
-def hull_of(boxes, flipped, row, first, last, mirrored):  # noqa: ANN001, ANN201
-    """Return (x0, y0, x1, y1) around the boxes first .. last - 1 of a row.
+def anchor_of(boxes, flipped, row, first, last, kind):  # noqa: ANN001, ANN201
+    """Return (x0, y0, x1, y1): the anchor that the boxes first .. last - 1 of a row make.
 
-    `mirrored`: of crops that are flipped left and right corners are exchanged before.
+    The box around all of them; or around their corners, of which mirrored crops have left and right
+    exchanged; or the box they share, and where they share none again the one around all.
     """
-    x0 = y0 = np.int64(MAX_SIDE_PX)
-    x1 = y1 = np.int64(0)
+    x0 = y0 = low_x1 = low_y1 = np.int64(MAX_SIDE_PX)
+    x1 = y1 = high_x0 = high_y0 = np.int64(0)
     for v in range(first, last):
         left, right = np.int64(boxes[row, v, 0]), np.int64(boxes[row, v, 2]) - 1
-        if mirrored and flipped[row, v]:
+        if kind == MIRRORED_HULL and flipped[row, v]:
             left, right = right, left
-        x0, x1 = min(x0, left), max(x1, right + 1)
-        y0 = min(y0, np.int64(boxes[row, v, 1]))
-        y1 = max(y1, np.int64(boxes[row, v, 3]))
+        top, bottom = np.int64(boxes[row, v, 1]), np.int64(boxes[row, v, 3])
+        x0, high_x0 = min(x0, left), max(high_x0, left)
+        x1, low_x1 = max(x1, right + 1), min(low_x1, right + 1)
+        y0, high_y0 = min(y0, top), max(high_y0, top)
+        y1, low_y1 = max(y1, bottom), min(low_y1, bottom)
+    if kind == SHARED and high_x0 < low_x1 and high_y0 < low_y1:
+        return high_x0, high_y0, low_x1, low_y1
     if x0 < x1:
         return x0, y0, x1, y1
     return x1 - 1, y0, x0 + 1, y1

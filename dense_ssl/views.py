@@ -13,9 +13,10 @@ have to lie near one drawn before it:
   on each axis (referenced crops, arXiv:2407.17671). Deviates: the published code mixes up two indices
   in the joint width; here the width is computed the way the height is. `pull_published` mixes them up.
 
-An anchor is one crop, the hull of a view's crops, or their `mirrored_hull`: the hull as the same code
-takes it, from corners that a mirrored crop has the other way round. That is the hull of all on the
-vertical axis; on the horizontal one of two mirrored crops what they share.
+An anchor is one crop, or of a view's crops the `hull` or what they have `shared`; shared boxes are what
+the same code means to pull local crops to, so that they lie in both global ones. What it pulls them to is
+their `mirrored_hull`, of corners that mirrored crops have the other way round: the hull from top to
+bottom, from left to right the hull, or of two mirrored crops what they share, or something between.
 """
 
 import os
@@ -29,7 +30,15 @@ import numba as nb
 import numpy as np
 from pydantic import Field, model_validator
 
-from dense_ssl.box_sampling import MAX_SIDE_PX, hull_of, pull, sample_box
+from dense_ssl.box_sampling import (
+    HULL,
+    MAX_SIDE_PX,
+    MIRRORED_HULL,
+    SHARED,
+    anchor_of,
+    pull,
+    sample_box,
+)
 from dense_ssl.config import Config, UserError
 from dense_ssl.rng import fold, key_of, uniform
 
@@ -37,8 +46,9 @@ STREAM = int.from_bytes(b"boxes", "big")  # this module's branch of the random n
 
 _FREE, _OVERLAP, _PULL, _PULL_PUBLISHED, _TWIN = range(5)
 _KINDS = {"overlap": _OVERLAP, "pull": _PULL, "pull_published": _PULL_PUBLISHED}
+_ANCHORS = {"hull": HULL, "mirrored_hull": MIRRORED_HULL, "shared": SHARED}
 _ANCHOR = re.compile(
-    r"(?:(?:mirrored_)?hull\((?P<hull>[^()\[\]]+)\)"
+    r"(?:(?P<kind>hull|mirrored_hull|shared)\((?P<crops>[^()\[\]]+)\)"
     r"|(?P<name>[^()\[\]]+)\[(?P<position>\d+)\])"
 )
 _IMAGES_PER_TASK = 16384
@@ -48,7 +58,7 @@ class Near(Config):
     """Where a view must lie relative to one drawn before it."""
 
     kind: Literal["overlap", "pull", "pull_published"]
-    of: str  # "large[1]" for one crop, "hull(global)" or "mirrored_hull(global)" for a view's crops
+    of: str  # "large[1]" for one crop; "hull(global)", "shared(global)", "mirrored_hull(global)"
     amount: Annotated[float, Field(ge=0, le=1)]
 
 
@@ -170,9 +180,8 @@ def draw_epoch(
 def _compile(views: Sequence[ViewSpec]) -> tuple[np.ndarray, np.ndarray]:
     """Return the recipe of V crops as two tables: int64 [V, 4] and float64 [V, 8].
 
-    The first holds kind, first, last and whether mirrored crops count as such: the anchor is the hull
-    of the crops first .. last - 1. The second holds scale (low, high), ratio (low, high), its logarithm
-    (low, high), flip and amount.
+    The first holds kind, first, last and the kind of the anchor that crops first .. last - 1 make. The
+    second holds scale (low, high), ratio (low, high), its logarithm (low, high), flip and amount.
     """
     where = positions(views)
     if len(where) != len(views):
@@ -187,10 +196,9 @@ def _compile(views: Sequence[ViewSpec]) -> tuple[np.ndarray, np.ndarray]:
                 first = _twin_anchor(view, by_name, where).start + position - own.start
                 rule = (_TWIN, first, first + 1, 0)
             elif view.near is not None:
-                anchor = _anchor(view, where)
+                anchor, what = _anchor(view, where)
                 if anchor.stop <= position:
-                    mirrored = view.near.of.startswith("mirrored_hull(")
-                    rule = (_KINDS[view.near.kind], anchor.start, anchor.stop, int(mirrored))
+                    rule = (_KINDS[view.near.kind], anchor.start, anchor.stop, what)
                     amount = view.near.amount
             log_ratio = np.log(view.ratio)
             rules.append(rule)
@@ -198,14 +206,14 @@ def _compile(views: Sequence[ViewSpec]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(rules, np.int64), np.array(numbers, np.float64)
 
 
-def _anchor(view: ViewSpec, where: dict[str, slice]) -> slice:
-    """Return the positions whose hull `view` lies near; they all come before its last crop."""
+def _anchor(view: ViewSpec, where: dict[str, slice]) -> tuple[slice, int]:
+    """Return the positions that `view` lies near, and how; they all come before its last crop."""
     assert view.near is not None
     key = f"view {view.name!r}: near.of={view.near.of!r}"
     match = _ANCHOR.fullmatch(view.near.of)
     if match is None:
         raise UserError(f'{key} is not understood: write "name[0]" or "hull(name)"')
-    name = match["hull"] or match["name"]
+    name = match["crops"] or match["name"]
     if name not in where:
         raise UserError(f"{key} names no view; there are {', '.join(where)}")
     crops = where[name]
@@ -219,7 +227,7 @@ def _anchor(view: ViewSpec, where: dict[str, slice]) -> slice:
         if name == view.name:
             remedy = "no crop of the view comes after it"
         raise UserError(f"{key} is not drawn earlier: {remedy}")
-    return crops
+    return crops, _ANCHORS[match["kind"] or "hull"]
 
 
 def _twin_anchor(view: ViewSpec, by_name: dict[str, ViewSpec], where: dict[str, slice]) -> slice:
@@ -257,7 +265,7 @@ def _draw(boxes, flipped, sizes, index, epoch_key, rules, numbers):  # noqa: ANN
         image_key = fold(epoch_key, index[row])
         height, width = np.int64(sizes[index[row], 0]), np.int64(sizes[index[row], 1])
         for v in range(len(rules)):
-            kind, first, last, mirrored = rules[v, 0], rules[v, 1], rules[v, 2], rules[v, 3]
+            kind, first, last, what = rules[v, 0], rules[v, 1], rules[v, 2], rules[v, 3]
             if kind == _TWIN:
                 for side in range(4):
                     boxes[row, v, side] = boxes[row, first, side]
@@ -270,7 +278,7 @@ def _draw(boxes, flipped, sizes, index, epoch_key, rules, numbers):  # noqa: ANN
             x0 = y0 = np.int64(0)
             x1, y1 = width, height
             if kind != _FREE:
-                x0, y0, x1, y1 = hull_of(boxes, flipped, row, first, last, mirrored)
+                x0, y0, x1, y1 = anchor_of(boxes, flipped, row, first, last, what)
             least = amount if kind == _OVERLAP else -1.0
             top, left, h, w = sample_box(key, height, width, numbers[v], least, x0, y0, x1, y1)
             if kind in (_PULL, _PULL_PUBLISHED):

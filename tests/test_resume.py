@@ -26,7 +26,7 @@ PULLED = """views: [
     {name: global, count: 2, size: 64, photometric: udi,
      near: {kind: pull, of: "global[0]", amount: 0.5}},
     {name: local, count: 2, size: 32, scale: [0.05, 0.4], photometric: udi,
-     near: {kind: pull, of: hull(global), amount: 0.5}}]"""
+     near: {kind: pull, of: shared(global), amount: 0.5}}]"""
 REGIONS = "mask: {shape: rcc, ratio: [0.5], spread: [0.1]}"
 RESNET = "{name: test_resnet, init: fan_in, bn_groups: 2}"
 VIT = "{name: test_vit, init: dino, positions: dino, drop_path: 0.1}"

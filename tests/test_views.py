@@ -168,6 +168,13 @@ def mirrored(boxes, flips, bottom):
     return ends[0], bottom, ends[1] + 1
 
 
+def shared(boxes):
+    """(top, left, bottom, right) of what boxes share, or None."""
+    low = [max(box[k] for box in boxes) for k in (0, 1)]
+    high = [min(box[k] + box[k + 2] for box in boxes) for k in (0, 1)]
+    return (*low, *high) if low[0] < high[0] and low[1] < high[1] else None
+
+
 def plan_slowly(views, sizes, seed, epoch, index):
     """What `draw_epoch` returns, one box at a time."""
     where = positions(views)
@@ -187,17 +194,19 @@ def plan_slowly(views, sizes, seed, epoch, index):
                 area = (height, width, view.scale, view.ratio)
                 anchor = None
                 if view.near is not None:
-                    of = view.near.of.removeprefix("mirrored_")
-                    name = of.removeprefix("hull(").split("[")[0].rstrip(")")
+                    of = view.near.of
+                    name = of.split("(")[-1].split("[")[0].rstrip(")")
                     first, last = where[name].start, where[name].stop
-                    if not of.startswith("hull"):
+                    if "[" in of:
                         first += int(of.split("[")[1][:-1])
                         last = first + 1
                     if last <= at:
                         i0, j0 = (min(b[k] for b in row[first:last]) for k in (0, 1))
                         i1, j1 = (max(b[k] + b[k + 2] for b in row[first:last]) for k in (0, 1))
                         anchor = (i0, j0, i1, j1)
-                        if of != view.near.of:
+                        if of.startswith("shared"):
+                            anchor = shared(row[first:last]) or anchor
+                        if of.startswith("mirrored"):
                             anchor = (i0, *mirrored(row[first:last], flipped[first:last], i1))
                 if anchor is None:
                     row.append(free_box(*area, draws.tries[:10]))
@@ -240,6 +249,11 @@ RECIPES = {
                  near=near("pull", "global[0]", 0.5)),
         ViewSpec(name="local", count=6, size=96, scale=(0.05, 0.25),
                  near=near("pull", "hull(global)", 0.5)),
+    ),
+    "pulled into what is shared": (
+        ViewSpec(name="global", count=2, size=224, scale=(0.05, 0.5)),  # or into the hull
+        ViewSpec(name="local", count=2, size=96, scale=(0.05, 0.25),
+                 near=near("pull", "shared(global)", 0.5)),
     ),
     "pulled as published": (
         ViewSpec(name="global", count=2, size=224, scale=(0.25, 1),

@@ -48,8 +48,8 @@ from dense_ssl.views import Near, ViewSpec
 
 
 def udi_views(locals_: int) -> tuple[ViewSpec, ...]:
-    """Return DINO's crops in UDI's colours, the second global one near the first, local ones near both."""
-    anchors = ("global[0]", "hull(global)")
+    """Return DINO's crops in UDI's colours: the second near the first, local ones near what both show."""
+    anchors = ("global[0]", "shared(global)")
     return tuple(
         view.model_copy(
             update={"photometric": "udi", "near": Near(kind="pull", of=anchor, amount=0.5)}
