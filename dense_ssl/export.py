@@ -8,7 +8,7 @@
 | torchvision | backbone_torchvision.pth, .safetensors | `torchvision.models`, only `fc` missing          |
 | safetensors | backbone_timm.safetensors              | as timm                                          |
 | detectron2  | backbone_detectron2.pkl                | `MODEL.WEIGHTS`; STRIDE_IN_1X1 False, RGB        |
-| official    | official_{moco.pth.tar,densecl.pth}    | the authors' code: encoders and queues           |
+| official    | official_moco.pth.tar, and so on       | the authors' code: encoders and queues           |
 | all         | each of these that the network has     |                                                  |
 
 The check compares feature maps of one fixed input bit for bit. A .json beside each says what it holds.
@@ -37,7 +37,7 @@ from dense_ssl.checkpoint import FORMAT, file_sha256, write_atomically
 from dense_ssl.config import UserError
 from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.layouts import extract_backbone, listed, to_detectron2
-from dense_ssl.official import OFFICIAL_METHODS, from_official, to_official
+from dense_ssl.official import OFFICIAL_METHODS, from_official, layout_name, to_official
 from dense_ssl.pretrained import (
     Loaded,
     checkpoint_file,
@@ -153,7 +153,7 @@ def _obstacle(target: str, source: Source) -> str | None:
     if target in ("detectron2", "official") and not resnet:
         return f"that layout holds ResNets only, and this is {source.arch}; take timm"
     if target == "official" and source.method not in OFFICIAL_METHODS:
-        known = " and ".join(OFFICIAL_METHODS)
+        known = ", ".join(OFFICIAL_METHODS)
         return f"only checkpoints of this project's {known} runs hold such a training state"
     return None
 
@@ -181,9 +181,9 @@ def _official_file(source: Source) -> tuple[str, bytes, Check]:
     method = str(source.method)
     state = to_official(method, source.checkpoint["method"])
     epoch = int(source.checkpoint["epoch"])
-    if method == "moco":
+    if method != "densecl":
         content = {"epoch": epoch, "arch": source.arch, "state_dict": state}
-        return "official_moco.pth.tar", _saved(content), _check_official
+        return f"official_{method}.pth.tar", _saved(content), _check_official
     meta = {"epoch": epoch, "iter": int(source.checkpoint["step"])}
     return "official_densecl.pth", _saved({"meta": meta, "state_dict": state}), _check_official
 
@@ -217,9 +217,8 @@ def _check_detectron2(path: Path, source: Source) -> tuple[str, nn.Module]:
 def _check_official(path: Path, source: Source) -> tuple[str, nn.Module]:
     content = _read_written(path)
     method, state = from_official(content)
-    if method != source.method or weights_sha256(state) != weights_sha256(
-        source.checkpoint["method"]
-    ):
+    expected = layout_name(str(source.method), source.checkpoint["method"])
+    if method != expected or weights_sha256(state) != weights_sha256(source.checkpoint["method"]):
         raise UserError(f"{path.name}: not kept, it does not read back to the run's own state")
     plain = _plain_timm(source, extract_backbone(content))
     return f"read back to all {len(state)} tensors of the run; trunk in timm, strict", plain

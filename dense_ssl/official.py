@@ -1,6 +1,6 @@
-"""Whole training states of official MoCo and DenseCL code, to our names and back.
+"""Whole training states of official MoCo, DenseCL and Revisiting code, to our names and back.
 
-| ours                              | MoCo                    | DenseCL (OpenSelfSup)                 |
+| ours                              | MoCo, Revisiting        | DenseCL (OpenSelfSup)                 |
 |-----------------------------------|-------------------------|---------------------------------------|
 | student.backbone.trunk.*          | encoder_q.*             | encoder_q.0.*, again as backbone.*    |
 | student.global_head.{0,2}.*       | encoder_q.fc.{0,2}.*    | encoder_q.1.mlp.{0,2}.*               |
@@ -8,8 +8,10 @@
 | teacher.*                         | encoder_k.*             | encoder_k.*                           |
 | queue.keys [K, D], pointer []     | queue [D, K], queue_ptr | queue [D, K], queue_ptr [1]           |
 | dense_queue.keys, pointer         |                         | queue2, queue2_ptr                    |
+| backbone_queue.keys, pointer      | queue_backbone, its pointer is queue_ptr, too                   |
 
-MoCo's files put `module.` before every name; DINO's, iBOT's and SERE's are in `official_distillation`.
+MoCo's and Revisiting's files put `module.` before every name; a Revisiting run without neighbours has MoCo's
+layout. DINO's, iBOT's and SERE's are in `official_distillation`.
 Optimiser states are not converted. The official codes move the key encoder at the start of the next
 iteration, ours after the step: a file of theirs is one such move behind ours, which a run that continues
 from it makes up within its first steps.
@@ -37,6 +39,11 @@ class _Layout:
     queues: tuple[tuple[str, str], ...]
     prefix: str = ""
     alias: bool = False  # the query trunk once more as `backbone.`
+    one_pointer: bool = False  # `queue_ptr` is that of all queues
+
+    def pointer(self, queue: str) -> str:
+        """Return their name of a queue's pointer."""
+        return "queue_ptr" if self.one_pointer else f"{queue}_ptr"
 
 
 _MOCO = _Layout(
@@ -48,14 +55,27 @@ _DENSECL = _Layout(
     (("queue", "queue"), ("dense_queue", "queue2")),
     alias=True,
 )
+_REVISITING = _Layout(
+    "revisiting",
+    _MOCO.parts,
+    (("queue", "queue"), ("backbone_queue", "queue_backbone")),
+    "module.",
+    one_pointer=True,
+)
 _OPENSELFSUP_MOCO = _Layout(
     "moco",
     (("global_head.", "1.mlp."), ("backbone.trunk.", "0.")),
     (("queue", "queue"),),
     alias=True,
 )
-_WRITTEN = {"moco": _MOCO, "densecl": _DENSECL}
+_WRITTEN = {"moco": _MOCO, "densecl": _DENSECL, "revisiting": _REVISITING}
 OFFICIAL_METHODS = tuple(_WRITTEN)  # what `to_official` can write
+
+
+def layout_name(method_name: str, state: Mapping[str, Tensor]) -> str:
+    """Return the method whose official layout a state has: Revisiting's without neighbours is MoCo's."""
+    plain = method_name == "revisiting" and "backbone_queue.keys" not in state
+    return "moco" if plain else method_name
 
 
 def to_official(method_name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,10 +84,10 @@ def to_official(method_name: str, state: Mapping[str, Tensor]) -> dict[str, Tens
     Raises:
         UserError: the method has no official layout, the trunk is no ResNet, or names do not fit.
     """
-    layout = _WRITTEN.get(method_name)
+    layout = _WRITTEN.get(layout_name(method_name, state))
     if layout is None:
-        known = " and ".join(_WRITTEN)
-        raise UserError(f"{method_name} has no official layout to write; {known} have")
+        known = ", ".join(_WRITTEN)
+        raise UserError(f"{method_name} has no official layout to write; those with one: {known}")
     if "student.backbone.trunk.conv1.weight" not in state:
         raise UserError(
             f"the official {method_name} layout holds ResNets only; take TO=timm for a ViT"
@@ -78,7 +98,7 @@ def to_official(method_name: str, state: Mapping[str, Tensor]) -> dict[str, Tens
     out: dict[str, Tensor] = {}
     for ours, theirs in layout.queues:
         out[layout.prefix + theirs] = state[f"{ours}.keys"].T.contiguous()
-        out[f"{layout.prefix}{theirs}_ptr"] = state[f"{ours}.pointer"].reshape(1)
+        out[layout.prefix + layout.pointer(theirs)] = state[f"{ours}.pointer"].reshape(1)
     for our_side, their_side in _SIDES:
         for our_part, their_part in layout.parts[::-1]:
             for name, value in select(state, our_side + our_part).items():
@@ -86,9 +106,10 @@ def to_official(method_name: str, state: Mapping[str, Tensor]) -> dict[str, Tens
                 out[f"{layout.prefix}{their_side}{their_part}{name}"] = (
                     value[:, :, None, None] if convolution else value
                 )
-    if len(out) != len(state):
+    shared = len(layout.queues) - 1 if layout.one_pointer else 0
+    if len(out) + shared != len(state):
         raise UserError(
-            f"{len(state) - len(out)} of {len(state)} tensors have no place in the official "
+            f"{len(state) - len(out) - shared} of {len(state)} tensors have no place in the official "
             f"{method_name} layout"
         )
     if layout.alias:
@@ -100,7 +121,7 @@ def to_official(method_name: str, state: Mapping[str, Tensor]) -> dict[str, Tens
 def from_official(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """Return (method name, our method state) of an official training checkpoint.
 
-    Of MoCo, OpenSelfSup, DenseCL, DINO, iBOT, denseSSL or SERE.
+    Of MoCo, OpenSelfSup, DenseCL, Revisiting, DINO, iBOT, denseSSL or SERE.
 
     Raises:
         UserError: it is no full training state: a part is missing, or a tensor has no place in ours.
@@ -129,8 +150,8 @@ def from_official(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]
             raise UserError(f"{len(rest)} unknown tensors in {their_side}* ({listed(rest)})")
     for ours, name in layout.queues:
         out[f"{ours}.keys"] = theirs[name].T.contiguous()
-        out[f"{ours}.pointer"] = theirs[f"{name}_ptr"].reshape(())
-    known = {name + end for _, name in layout.queues for end in ("", "_ptr")}
+        out[f"{ours}.pointer"] = theirs[layout.pointer(name)].reshape(())
+    known = set(_queue_names(layout))
     sides = ("encoder_q.", "encoder_k.", "backbone.")
     strange = [name for name in theirs if not name.startswith(sides) and name not in known]
     if strange:
@@ -140,14 +161,19 @@ def from_official(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]
     return layout.method, out
 
 
+def _queue_names(layout: _Layout) -> list[str]:
+    """Return their names of all queues and pointers."""
+    names = [name for _, theirs in layout.queues for name in (theirs, layout.pointer(theirs))]
+    return list(dict.fromkeys(names))
+
+
 def _layout_of(theirs: Mapping[str, Tensor]) -> _Layout:
     """Return the layout of an official state dict by the names in it."""
     if any(name.startswith("encoder_q.0.") for name in theirs):
         layout = _DENSECL if "queue2" in theirs else _OPENSELFSUP_MOCO
     else:
-        layout = _MOCO
-    needed = [name + end for _, name in layout.queues for end in ("", "_ptr")]
-    missing = [name for name in needed if name not in theirs]
+        layout = _REVISITING if "queue_backbone" in theirs else _MOCO
+    missing = [name for name in _queue_names(layout) if name not in theirs]
     missing += [f"{side}*" for _, side in _SIDES if not select(theirs, side)]
     if missing:
         raise UserError(

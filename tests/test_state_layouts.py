@@ -17,6 +17,7 @@ from dense_ssl.layouts import (
 from dense_ssl.methods import make_method
 from dense_ssl.methods.densecl import DenseCLConfig
 from dense_ssl.methods.moco import MoCoConfig
+from dense_ssl.methods.revisiting import RevisitingConfig
 from dense_ssl.official import from_official, to_official
 
 SMALL = {
@@ -223,6 +224,46 @@ def test_moco_round_trip(moco):
     assert same(extract_backbone(official), extract_backbone(state))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_revisiting_round_trip_with_one_pointer(dtype):
+    method, state = method_state(RevisitingConfig(**SMALL, queue_backbone_dtype=dtype))
+    method.backbone_queue.pointer.fill_(7)
+    official = to_official("revisiting", state)
+    assert sum("queue" in name for name in official) == 3
+    assert official["module.queue_backbone"].shape == (512, 32)
+    assert int(official["module.queue_ptr"]) == 7
+    name, back = from_official({"epoch": 1, "arch": "resnet18", "state_dict": official})
+    assert name == "revisiting"
+    assert int(back["backbone_queue.pointer"]) == 7
+    assert same(dict(sorted(back.items())), dict(sorted(state.items())))
+    method.load_state_dict(back, strict=True)
+    assert same(extract_backbone(official), extract_backbone(state))
+
+
+def test_revisiting_without_neighbours_has_mocos_layout(moco):
+    _, state = method_state(RevisitingConfig(**SMALL, aux_weight=0))
+    official = to_official("revisiting", state)
+    assert official.keys() == to_official("moco", moco[1]).keys()
+    assert from_official({"state_dict": official})[0] == "moco"
+
+
+def test_official_counts_of_revisiting():
+    with torch.device("meta"):
+        state = make_method(RevisitingConfig()).state_dict()
+    official = to_official("revisiting", state)
+    assert sum(name.startswith("module.encoder_q.") for name in official) == 322
+    assert (
+        sum(v.numel() for n, v in official.items() if "encoder_q" in n and is_weight(n))
+        == 27_966_656
+    )
+    assert official["module.queue"].shape == (128, 65536)
+    assert official["module.queue_backbone"].shape == (2048, 65536)
+
+
+def is_weight(name):
+    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
 def test_openselfsup_moco_is_read_too(moco):
     _, state = moco
     official = to_official("moco", state)
@@ -249,8 +290,8 @@ def test_openselfsup_moco_is_read_too(moco):
         ),
         (lambda s: s.pop("module.encoder_q.bn1.bias"), "1 missing .bn1.bias"),
         (
-            lambda s: s.update({"module.queue_backbone": torch.ones(1)}),
-            "no place in moco .queue_backbone",
+            lambda s: s.update({"module.center": torch.ones(1)}),
+            "no place in moco .center",
         ),
     ],
 )
