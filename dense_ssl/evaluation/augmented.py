@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -226,6 +226,9 @@ class _Show(Dataset):
                 "interpolation": FILTERS[self._augmentation.resampling],
             }
             self._policy = rand_augment_transform(self._augmentation.randaugment, options)
+            for operation in self._policy.ops:
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
         return self._policy
 
 
@@ -242,6 +245,13 @@ def seeded(key: int) -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])  # noqa: NPY002
         torch.set_rng_state(before[2])
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the highest bits. At full strength timm asks for none, which newer Pillows refuse: black."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def _collate(images: list[np.ndarray | str]) -> list[np.ndarray | str]:

@@ -79,7 +79,8 @@ def extract(
     device = next(backbone.parameters()).device
     path = cache.path(f"{device.type}\0{precision}\0{key}") if cache else None
     stored = _load(path)
-    if stored is None or not all(everyone(stored is not None)):
+    known = everyone(stored is not None)  # of all ranks, so that they go the same way
+    if stored is None or not all(known):
         share = range(rank(), len(images), world_size())
         computed = _compute(backbone, images, share, read, reduce, batch_size, label, precision)
         stored = _merged(everyone(computed))

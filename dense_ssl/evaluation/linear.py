@@ -187,7 +187,8 @@ def _outcome(
     check_size((config.size,), backbone.stride)
     reader = Readout(backbone, *_reading(backbone, config))
     train, apart = _apart(data, config)
-    key = content_key("heads", data.protocol, data.content, config.model_dump_json())
+    settings = config.model_dump_json(exclude={"workers", "extract_batch"})
+    key = content_key("heads", data.protocol, data.content, settings)
     heads = _trained(reader, train, data, config, cache, key)
 
     def scores_of(split: LabelledPictures, name: str) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import nn
 
 from dense_ssl.distributed import world_size
 
@@ -16,3 +17,10 @@ def everyone(value: T) -> list[T]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0: running statistics differ between ranks that train."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

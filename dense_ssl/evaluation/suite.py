@@ -20,6 +20,7 @@ from dense_ssl.distributed import World, close_world, init_world, rank
 from dense_ssl.evaluation import (
     correspondence,
     davis,
+    finetune,
     knn,
     linear,
     results,
@@ -60,6 +61,9 @@ TASKS: dict[str, Task] = {
     "knn": Task(knn.Config, knn.load, knn.run, knn.pictures, ranks=True),
     "linear": Task(
         linear.Config, linear.load, linear.run, linear.pictures, ranks=True, resumes=True
+    ),
+    "finetune": Task(
+        finetune.Config, finetune.load, finetune.run, finetune.pictures, ranks=True, resumes=True
     ),
     "segment": Task(segment.Config, segment.load, segment.run),
     "correspondence": Task(

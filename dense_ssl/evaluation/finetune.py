@@ -1,0 +1,357 @@
+"""End-to-end fine-tuning for classification, by the recipes of MAE and BEiT.
+
+| recipe     | lr                  | layer decay | epochs, warm-up | drop path | read         | of                        |
+|------------|---------------------|-------------|-----------------|-----------|--------------|---------------------------|
+| mae        | 5e-4 per 256 images | 0.65        | 100, 5          | 0.1       | mean of cells | MAE, ViT-B (SERE's evaluation) |
+| beit-small | 1e-3                | 0.75        | 200, 20         | 0.1       | class token  | iBOT, ViT-S               |
+| beit-base  | 1e-3                | 0.65        | 100, 20         | 0.2       | class token  | iBOT, ViT-B               |
+| beit-large | 1e-3                | 0.75        | 50, 5           | 0.4       | class token  | iBOT, ViT-L               |
+| udi        | 1e-3                | 0.55        | 200, 20         | 0.1       | class token  | UDI, ViT-S                |
+
+All: AdamW, decay 0.05 but none of tensors with one axis, positions and class tokens; cosine per step to
+1e-6; batch 1024; RandAugment, mixup 0.8 or cutmix 1.0, label smoothing 0.1, random erasing 0.25; no clipping,
+no average of weights. A recipe sets the keys that are not given. ResNets train with their stages as layers.
+
+Every draw is keyed by (seed, epoch, image) or (seed, step): a job that was stopped goes on from its last
+epoch to the same weights. Several ranks: torchrun -m dense_ssl.evaluation finetune ...
+"""  # noqa: E501  (a table row cannot wrap)
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from tqdm import tqdm
+
+from dense_ssl import checkpoint
+from dense_ssl.backbones import Backbone, ViTBackbone, make_backbone
+from dense_ssl.config import Config as BaseConfig
+from dense_ssl.config import UserError
+from dense_ssl.distributed import rank, world_size
+from dense_ssl.evaluation.accuracy import accuracies, chance, confusion_sheet
+from dense_ssl.evaluation.augmented import Augmentation, TrainingCrops, seeded
+from dense_ssl.evaluation.classify_data import (
+    ClassifyData,
+    Filter,
+    open_classification,
+    read_picture,
+)
+from dense_ssl.evaluation.features import (
+    FeatureCache,
+    check_size,
+    content_key,
+    extract,
+    normalised,
+)
+from dense_ssl.evaluation.ranks import share_buffers
+from dense_ssl.evaluation.subsets import draw_subset, is_list
+from dense_ssl.rng import key_of
+from dense_ssl.schedule import Schedule, Step
+
+_MAE: dict[str, Any] = {"read": "mean", "lr": 5e-4, "lr_per": 256, "layer_decay": 0.65}
+_BEIT: dict[str, Any] = {"read": "cls", "lr": 1e-3, "lr_per": None, "warmup_epochs": 20}
+RECIPES: dict[str, dict[str, Any]] = {
+    "mae": _MAE | {"epochs": 100, "warmup_epochs": 5, "drop_path": 0.1, "resampling": "bicubic"},
+    "beit-small": _BEIT | {"epochs": 200, "layer_decay": 0.75, "drop_path": 0.1},
+    "beit-base": _BEIT | {"epochs": 100, "layer_decay": 0.65, "drop_path": 0.2},
+    "beit-large": _BEIT | {"epochs": 50, "layer_decay": 0.75, "drop_path": 0.4, "warmup_epochs": 5},
+    "udi": _BEIT | {"epochs": 200, "layer_decay": 0.55, "drop_path": 0.1},
+}
+STREAM = int.from_bytes(b"tune", "big")  # mixup, erasing and drop path: a seed per (step, rank)
+_STAGE = re.compile(r"layer(\d)\.")
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_EMBEDDING = ("cls_token", "reg_token", "pos_embed", "patch_embed.", "norm_pre.")
+_STEM = ("conv1.", "bn1.")
+
+
+class Config(BaseConfig):
+    """Settings of the protocol; `recipe` sets what is not given."""
+
+    recipe: Literal["mae", "beit-small", "beit-base", "beit-large", "udi"] = "mae"
+    read: Literal["cls", "mean"]
+    lr: Annotated[float, Field(gt=0)]
+    lr_per: Annotated[int, Field(ge=1)] | None  # images the rate is for; None: whatever the batch
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    epochs: Annotated[int, Field(ge=1)]
+    warmup_epochs: Annotated[float, Field(ge=0)]
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+    min_lr: Annotated[float, Field(ge=0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    batch_size: Annotated[int, Field(ge=2)] = 1024  # of all ranks together, after accumulation
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    size: Annotated[int, Field(ge=16)] = 224
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_resampling: Filter = "bicubic"
+    resampling: Filter = "bilinear"  # of validation images
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    mixup: Annotated[float, Field(ge=0)] = 0.8
+    cutmix: Annotated[float, Field(ge=0)] = 1.0  # one of the two per batch, evenly
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    erase: Annotated[float, Field(ge=0, le=1)] = 0.25  # probability of a noise rectangle
+    precision: Literal["bf16", "fp32"] = "bf16"
+    subset: str = ""  # 1%, 10/class or a list file; "": all training images
+    seed: int = 0
+    extract_batch: Annotated[int, Field(ge=1)] = 64
+    workers: Annotated[int, Field(ge=0)] | None = None
+    max_train: Annotated[int, Field(ge=1)] | None = None
+    max_val: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_recipe(cls, given: Any) -> Any:
+        name = given.get("recipe", "mae")
+        return RECIPES.get(name, RECIPES["mae"]) | given  # an unknown name is refused by its field
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Config":
+        if self.batch_size % self.accumulate:
+            raise ValueError("batch_size must be a multiple of accumulate")
+        return self
+
+
+def load(path: Path, config: Config) -> ClassifyData:
+    """Return the data at `path`: class folders, or COCO's objects.
+
+    Raises:
+        UserError: it is neither, nothing in it is usable, or the subset is not understood.
+    """
+    if config.subset:
+        is_list(config.subset)
+    return open_classification(path, (config.max_train, config.max_val), "finetune")
+
+
+def run(
+    backbone: Backbone, data: ClassifyData, config: Config, cache: FeatureCache | None = None
+) -> dict[str, float]:
+    """Return `top1` and `top5` after the last epoch in percent, and their chance levels."""
+    scores, labels = _outcome(backbone, data, config, cache)
+    return accuracies(scores, labels) | chance(data.train.labels, labels, len(data.classes))
+
+
+def pictures(
+    backbone: Backbone, data: ClassifyData, config: Config, cache: FeatureCache | None = None
+) -> dict[str, Image.Image]:
+    """Return the confusion matrix; the weights are those `run` left in the cache."""
+    scores, labels = _outcome(backbone, data, config, cache)
+    title = f"{data.protocol}: top-1 {accuracies(scores, labels)['top1']:.1f} %"
+    return {"confusion": confusion_sheet(labels, scores.argmax(1), data.classes, title)}
+
+
+class Classifier(nn.Module):
+    """A backbone with a linear layer on its class token, or on the normalised mean of its cells."""
+
+    def __init__(self, backbone: Backbone, read: Literal["cls", "mean"], classes: int) -> None:
+        super().__init__()
+        self.backbone, self.read = backbone, read
+        self.fc_norm: nn.Module = nn.Identity()
+        if read == "mean" and isinstance(backbone, ViTBackbone):
+            self.fc_norm = nn.LayerNorm(backbone.dim, eps=1e-6)
+            backbone.trunk.norm = nn.Identity()  # MAE: fc_norm takes the place of the final norm
+        self.head = nn.Linear(backbone.dim, classes)
+        # MAE draws with 2e-5; BEiT with 0.02 and then takes a thousandth of that: the same.
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return class scores [B, C] of normalised images [B, 3, H, W]."""
+        features = self.backbone(images)
+        read = features.cls[:, 0] if self.read == "cls" else features.dense.mean(1)
+        return self.head(self.fc_norm(read))
+
+
+def layer_decay_scale(name: str, num_layers: int, decay: float) -> float:
+    """Return the factor on the learning rate of a parameter: decay^(num_layers + 1 - id).
+
+    id is 0 for class tokens, positions, patch embedding and a ResNet's stem; k + 1 for block k, k for
+    stage k of a ResNet; num_layers + 1 for everything else (final norm, head).
+    """
+    name = name.removeprefix("backbone.").removeprefix("trunk.")
+    block, stage = _BLOCK.match(name), _STAGE.match(name)
+    number = num_layers + 1
+    if name.startswith((*_EMBEDDING, *_STEM)):
+        number = 0
+    elif block:
+        number = int(block[1]) + 1
+    elif stage:
+        number = int(stage[1])
+    return decay ** (num_layers + 1 - number)
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Return AdamW's groups, one per learning rate and decay; `lr_scale` is the layer's factor."""
+    names = [name for name, _ in model.named_parameters()]
+    layers = len({m[0] for name in names if (m := _BLOCK.search(name) or _STAGE.search(name))})
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        scale = layer_decay_scale(name, layers, config.layer_decay)
+        bare = parameter.ndim == 1 or name.endswith(("pos_embed", "cls_token", "reg_token"))
+        decay = 0.0 if bare else config.weight_decay
+        group = groups.setdefault(
+            (scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _outcome(
+    backbone: Backbone, data: ClassifyData, config: Config, cache: FeatureCache | None
+) -> tuple[Tensor, Tensor]:
+    """Train and return validation scores [m, C] and labels [m]."""
+    check_size((config.size,), backbone.stride)
+    model = _trained(backbone, data, config, cache)
+    resize = round(config.size * 256 / 224)
+    extracted = extract(
+        model,
+        data.val.pictures,
+        lambda picture: read_picture(picture, resize, config.size, config.resampling),
+        lambda scores: scores.float(),
+        batch_size=config.extract_batch,
+        key="",
+        cache=None,  # the weights are not those the cache is for
+        omitted=data.omitted,
+        label="val",
+        precision=config.precision,
+    )
+    return extracted.features, data.val.labels[extracted.kept]
+
+
+def _trained(
+    backbone: Backbone, data: ClassifyData, config: Config, cache: FeatureCache | None
+) -> Classifier:
+    device = next(backbone.parameters()).device
+    model = _classifier(backbone, len(data.classes), config).to(device)
+    model.to(memory_format=torch.channels_last)
+    optimizer = AdamW(parameter_groups(model, config), lr=0.0, betas=(0.9, 0.999), fused=True)
+    settings = config.model_dump_json(exclude={"workers", "extract_batch"})
+    key = content_key("finetune", data.protocol, data.content, settings)
+    folder = cache.job(key) if cache else None
+    saved = checkpoint.load_newest(folder) if folder else None
+    start = _resume(model, optimizer, saved)
+    if start == config.epochs:
+        return model.eval()
+    crops = _crops(data, config)
+    schedule = _schedule(config, crops.batch_size * config.accumulate)
+    steps = crops.steps_per_epoch // config.accumulate
+    if not steps:
+        raise UserError(f"accumulate={config.accumulate}: more batches than an epoch has")
+    trained = DistributedDataParallel(model) if world_size() > 1 else model
+    draws = _Draws(config, len(data.classes), device)
+    progress = tqdm(
+        total=config.epochs * steps, initial=start * steps, desc="finetune", unit="step",
+        leave=False, disable=True if rank() else None,
+    )  # fmt: skip
+    for epoch in range(start, config.epochs):
+        model.train()
+        batches = iter(crops.epoch(epoch))
+        for number in range(steps):
+            step = Step(epoch * steps + number, steps, config.epochs)
+            lr = schedule.at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            for micro in range(config.accumulate):
+                images, labels = next(batches)
+                key_of_step = int(key_of(config.seed, STREAM, step.index, micro, rank()))
+                with seeded(key_of_step):
+                    loss = draws.loss(trained, images.to(device), labels.to(device))
+                    (loss / config.accumulate).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.update()
+        for _ in batches:  # what does not fill a step is read to its end: one epoch, one pass
+            pass
+        _require_finite(model, epoch)
+        share_buffers(model)
+        if folder and rank() == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint.save(folder, {"step": epoch + 1, **state}, keep=1)
+    progress.close()
+    return model.eval()
+
+
+def _require_finite(model: nn.Module, epoch: int) -> None:
+    """Refuse weights that would replace good ones in the job's folder."""
+    norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()])
+    if not torch.stack(norms).isfinite().all():
+        raise UserError(
+            f"finetune: weights are not finite after epoch {epoch + 1}; lower lr, or precision=fp32"
+        )
+
+
+def _resume(model: nn.Module, optimizer: AdamW, saved: Mapping[str, Any] | None) -> int:
+    """Load a job's last epoch; return the epoch to go on with."""
+    if saved is None:
+        return 0
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return int(saved["step"])
+
+
+def _classifier(backbone: Backbone, classes: int, config: Config) -> Classifier:
+    """A copy of the backbone, with drop path, under a fresh head."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if isinstance(backbone, ViTBackbone):
+            settings = backbone.config.model_copy(update={"drop_path": config.drop_path})
+            twin = make_backbone(settings)
+            twin.load_state_dict(backbone.state_dict())
+        else:
+            twin = copy.deepcopy(backbone)
+        return Classifier(twin, config.read, classes)
+
+
+def _crops(data: ClassifyData, config: Config) -> TrainingCrops:
+    train = data.train
+    if config.subset:
+        train = draw_subset(train, config.subset, config.seed, data.omitted)
+    return TrainingCrops(
+        train.pictures,
+        train.labels,
+        Augmentation(config.size, config.crop_resampling, config.crop_scale, config.randaugment),
+        batch_size=config.batch_size // config.accumulate,
+        seed=config.seed,
+        workers=config.workers,
+        omitted=data.omitted,
+        multiple=2,  # timm's mixup pairs the images of a batch
+    )
+
+
+def _schedule(config: Config, batch_size: int) -> Schedule:
+    peak = config.lr * (batch_size / config.lr_per if config.lr_per else 1)
+    return Schedule(start=peak, end=min(config.min_lr, peak), warmup_epochs=config.warmup_epochs)
+
+
+class _Draws:
+    """Mixup, cutmix and erasing of timm, and the loss they leave; seeded by the caller."""
+
+    def __init__(self, config: Config, classes: int, device: torch.device) -> None:
+        from timm.data.mixup import Mixup
+        from timm.data.random_erasing import RandomErasing
+
+        self._erase = RandomErasing(config.erase, mode="pixel", device=device.type)
+        self._mix: Any = None
+        if config.mixup or config.cutmix:
+            self._mix = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                label_smoothing=config.smoothing,
+                num_classes=classes,
+            )
+        self._smoothing = config.smoothing
+        self._bf16 = config.precision == "bf16"
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of uint8 images [B, 3, S, S] against their mixed labels."""
+        x, target = self._erase(normalised(images)), labels
+        if self._mix is not None:
+            x, target = self._mix(x, labels)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
+            scores = model(x)
+        smoothing = 0.0 if self._mix is not None else self._smoothing  # mixed labels are smooth
+        return nn.functional.cross_entropy(scores.float(), target, label_smoothing=smoothing)
