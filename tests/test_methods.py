@@ -16,11 +16,12 @@ from dense_ssl.methods.ibot import DinoConfig, IBotConfig
 from dense_ssl.methods.ibot_dc import IBotDCConfig
 from dense_ssl.methods.masks import MaskConfig
 from dense_ssl.methods.moco import MoCoConfig
+from dense_ssl.methods.revisiting import RevisitingConfig
 from dense_ssl.methods.sere import SereConfig
 from dense_ssl.methods.udi import UdiConfig
 from dense_ssl.optim import OptimConfig, make_optimizer
 from dense_ssl.schedule import Step
-from dense_ssl.views import ViewSpec, draw_epoch
+from dense_ssl.views import Near, ViewSpec, draw_epoch
 
 SIZE, BATCH = 64, 4
 RESNET = BackboneConfig(name="test_resnet", bn_groups=2)
@@ -32,6 +33,24 @@ CONFIGS = {
     f"{name}-{net.name}": config(**CONTRASTIVE, backbone=net)
     for name, config in (("moco", MoCoConfig), ("densecl", DenseCLConfig))
     for net in (RESNET, VIT)
+}
+KEY = Near(kind="overlap", of="global[1]", amount=0.1)
+SMALL = ViewSpec(name="small", count=3, size=32, scale=(0.05, 0.14), near=KEY)
+QUERIES = (
+    VIEWS[0],
+    SMALL,
+)  # colours are not the method's business: the ladder's rungs 2 and 3 are one here
+CONFIGS |= {
+    f"revisiting-{rung}": RevisitingConfig(
+        **CONTRASTIVE | {"views": views}, backbone=net, aux_neighbours=5, **options
+    )
+    for rung, views, net, options in (
+        ("moco", VIEWS, RESNET, {"aux_weight": 0}),
+        ("multicrop", QUERIES, RESNET, {"aux_weight": 0}),
+        ("knn", QUERIES, RESNET, {"aux_queue_order": "official"}),
+        ("aligned", QUERIES, RESNET, {"queue_backbone_dtype": "bf16", "aux_warmup_epochs": 0.1}),
+        ("vit", QUERIES, VIT, {}),
+    )
 }
 DINO_VIT = BackboneConfig(name="test_vit", init="dino", positions="dino")
 MULTI_CROP = (

@@ -27,6 +27,10 @@ PULLED = """views: [
      near: {kind: pull, of: "global[0]", amount: 0.5}},
     {name: local, count: 2, size: 32, scale: [0.05, 0.4], photometric: udi,
      near: {kind: pull, of: shared(global), amount: 0.5}}]"""
+QUERIES = """views: [
+    {name: global, count: 2, size: 64, photometric: [moco_v2_autoaugment, moco_v2]},
+    {name: small, count: 2, size: 32, scale: [0.05, 0.14], photometric: moco_v2_autoaugment,
+     near: {kind: overlap, of: "global[1]", amount: 0.1}}]"""
 REGIONS = "mask: {shape: rcc, ratio: [0.5], spread: [0.1]}"
 RESNET = "{name: test_resnet, init: fan_in, bn_groups: 2}"
 VIT = "{name: test_vit, init: dino, positions: dino, drop_path: 0.1}"
@@ -36,6 +40,7 @@ PROTOTYPES = "bottleneck_dim: 8"
 # method: views, backbone, further settings. Whatever draws random numbers or keeps state is on.
 METHODS_BY_NAME = {
     "moco": (PAIR, RESNET, "queue_length: 24"),
+    "revisiting": (QUERIES, RESNET, "queue_length: 24, aux_neighbours: 5, aux_warmup_epochs: 1"),
     "densecl": (PAIR, RESNET, "queue_length: 24"),
     "densecl_dc": (CELLS, RESNET, f"queue_length: 24, {REGIONS}, dc_share: 0.5"),
     "dino": (MULTI_CROP, VIT, PROTOTYPES),
