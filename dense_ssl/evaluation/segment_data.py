@@ -1,4 +1,4 @@
-"""Images with a class per pixel: CamVid's folders, or a COCO data set's instances painted into a map.
+"""Images with a class per pixel: CamVid's and VOC's folders, or COCO's instances painted into a map.
 
 A label map is uint8 [height, width] at the resolution of the annotation; `VOID` is counted nowhere.
 """
@@ -23,6 +23,11 @@ from dense_ssl.loaders.source import SUFFIXES
 
 PROTOCOL = "segment-linear/v1"
 VOID = 255
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
+    *("cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
+)
 _VOID_NAMES = frozenset({"void", "unlabelled", "unlabeled", "ignore"})
 
 
@@ -58,15 +63,18 @@ def open_segmentation(
     """Return the data at `root`, at most `max_train` and `max_val` images, evenly spaced.
 
     Raises:
-        UserError: neither layout is there, or nothing in it is usable.
+        UserError: none of the layouts is there, or nothing in it is usable.
     """
     if coco.is_coco(root):
         return _open_coco(root, labels, (max_train, max_val))
     if (root / "trainannot").is_dir():
         return _open_camvid(root, (max_train, max_val))
+    voc = _voc_home(root)
+    if voc is not None:
+        return _open_voc(voc, (max_train, max_val))
     raise UserError(
         f"{root}: neither COCO (annotations/instances_*.json) nor CamVid (train/, trainannot/, "
-        "classes.txt) in it"
+        "classes.txt) nor VOC (VOC2012/SegmentationClass, ImageSets/Segmentation) in it"
     )
 
 
@@ -177,6 +185,42 @@ def _open_camvid(root: Path, limits: tuple[int | None, int | None]) -> SegmentDa
         require_some(images, str(root / split), omitted)
         parts.append(thinned(tuple(images), limit))
     return SegmentData(PROTOCOL, tuple(classes), parts[0], parts[1], content_key(*content), omitted)
+
+
+def _voc_home(root: Path) -> Path | None:
+    """The folder of VOC2012, else VOC2007: `root` is VOCdevkit, the folder around it, or itself."""
+    for year in ("VOC2012", "VOC2007"):
+        for home in (root / "VOCdevkit" / year, root / year, root):
+            if home.name == year and (home / "SegmentationClass").is_dir():
+                return home
+    return None
+
+
+def _open_voc(home: Path, limits: tuple[int | None, int | None]) -> SegmentData:
+    omitted = Omissions()
+    parts: list[tuple[LabelledImage, ...]] = []
+    content: list[str] = []
+    classes = len(VOC_CLASSES)
+    for split, limit in zip(("train", "val"), limits):
+        listing = home / "ImageSets" / "Segmentation" / f"{split}.txt"
+        try:
+            names = listing.read_text().split()
+        except OSError as error:
+            raise UserError(f"{listing}: cannot be read: {error.strerror}") from None
+        images = []
+        for name in names:
+            path = home / "JPEGImages" / f"{name}.jpg"
+            mask = home / "SegmentationClass" / f"{name}.png"
+            missing = None if path.is_file() else "image file missing"
+            problem = missing or _mask_problem(path, mask, classes, VOID)
+            if problem:
+                omitted.add(f"{split}: {problem}", path.name)
+                continue
+            images.append(LabelledImage(path, partial(read_mask, mask, classes, VOID)))
+            content += [file_stamp(path), file_stamp(mask)]
+        require_some(images, f"{home} ({split})", omitted)
+        parts.append(thinned(tuple(images), limit))
+    return SegmentData(PROTOCOL, VOC_CLASSES, parts[0], parts[1], content_key(*content), omitted)
 
 
 def _class_names(path: Path) -> list[str]:

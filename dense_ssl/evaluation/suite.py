@@ -21,6 +21,7 @@ from dense_ssl.evaluation import (
     correspondence,
     davis,
     finetune,
+    hummingbird,
     knn,
     linear,
     results,
@@ -72,6 +73,9 @@ TASKS: dict[str, Task] = {
     "davis": Task(davis.Config, davis.load, davis.run, davis.pictures, ranks=True, resumes=True),
     "semi-supervised": Task(
         semi_supervised.Config, semi_supervised.load, semi_supervised.run, needs=("sklearn",)
+    ),
+    "hummingbird": Task(
+        hummingbird.Config, hummingbird.load, hummingbird.run, hummingbird.pictures
     ),
     "svm": Task(svm.Config, svm.load, svm.run, needs=("sklearn",)),
 }

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from dense_ssl.sheets import crop_colour
+from dense_ssl.evaluation.segment_data import VOID, LabelledImage
+from dense_ssl.sheets import crop_colour, stacked, tiles_sheet
 
-VOID = 255
+_TILE_PX, _SWATCH_PX = 220, 110
 _STRENGTH = 0.55  # of the tint
 _INSIDE = 2  # pixels of an outline, to either side
 
@@ -47,6 +48,34 @@ def beside_truth(
         for maps in (said, truth)
     ]
     return rows[0], rows[1]
+
+
+def class_sheet(
+    rows: Sequence[tuple[LabelledImage, np.ndarray, np.ndarray]], classes: Sequence[str], title: str
+) -> Image.Image:
+    """Return images, with predicted and true classes [H, W] tinted, and the colours' names.
+
+    A class called background is left clear.
+    """
+    clear = classes[0] == "background"
+    first = int(not clear)  # the number that the first class is drawn as
+    colours = label_colours(len(classes) - int(clear))
+    names, tiles = [], []
+    occurring: set[int] = set()
+    for image, said, truth in rows:
+        with Image.open(image.path) as opened:
+            pixels = np.asarray(opened.convert("RGB"))
+        maps = [np.where(labels == VOID, VOID, labels + first) for labels in (said, truth)]
+        maps = [labels.astype(np.uint8) for labels in maps]
+        occurring.update(*(np.unique(labels).tolist() for labels in maps))
+        tiles += [pixels, *(tinted(pixels, labels, colours) for labels in maps)]
+        names += [image.path.stem[:24], "predicted", "truth"]
+    swatches = [
+        (classes[number - first], np.full((12, 36, 3), colours[number], np.uint8))
+        for number in sorted(occurring - {0, VOID})
+    ]
+    legend = tiles_sheet([name for name, _ in swatches], [tile for _, tile in swatches], _SWATCH_PX)
+    return stacked([tiles_sheet(names, tiles, _TILE_PX), legend], title)
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:
