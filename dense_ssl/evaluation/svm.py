@@ -11,9 +11,7 @@ Three published ways, which are not comparable with each other:
   0.5; difficult counts as absent in training and in testing.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,13 +29,18 @@ from dense_ssl.evaluation.classify_data import Picture, open_picture, read_pictu
 from dense_ssl.evaluation.features import FeatureCache, content_key, extract
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.stages import StageFeatures
-from dense_ssl.evaluation.voc import average_precision, svm_cost_grid
+from dense_ssl.evaluation.svm_fit import (
+    FIXED_COST,
+    FOLDS,
+    Problem,
+    cross_validated_cost,
+    precision,
+    unit_rows,
+)
+from dense_ssl.evaluation.voc import svm_cost_grid
 from dense_ssl.evaluation.voc_data import DIFFICULT, PRESENT, VocData, open_voc
 from dense_ssl.loaders import share_of_cores
 
-_FOLDS = 3
-_ITERATIONS = 2000
-_FIXED_COST = 0.5  # arXiv:2106.05967, released code
 _NEGATIVES = 19  # per positive image in low-shot training
 _SIZE = 224  # the specified poolings are for this input
 
@@ -90,52 +93,14 @@ def run(
     problems = _problems(data, train_labels, test_labels, config.variant != "fixed")
     values: dict[str, float] = {}
     for name, columns in reader.columns.items():
-        rows = (_unit_rows(part[:, columns], config.variant) for part in (train, test))
+        rows = (
+            unit_rows(part[:, columns].numpy(), single=config.variant == "fixed")
+            for part in (train, test)
+        )
         found = _SCORES[config.variant](*rows, problems, config, data.omitted)
         values |= {f"{metric.format(name)}": value for metric, value in found.items()}
     shares = [problem.truth.mean() for problem in problems]
     return values | {"chance/mAP": 100 * float(np.mean(shares))}
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One class: what is trained on, and which test images count."""
-
-    name: str
-    positive: np.ndarray  # bool [n] of the training images
-    tested: np.ndarray  # bool [m]
-    truth: np.ndarray  # bool [tested]
-
-
-def fit(features: np.ndarray, positive: np.ndarray, cost: float, seed: int = 0) -> Any:
-    """Return scikit-learn's LinearSVC fitted as both protocols do.
-
-    Squared hinge, l2, dual, weights 2 and 1 for positive and negative, at most 2000 iterations.
-    features float [n, D], positive bool [n].
-    """
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # as published; large costs never do
-        return _svc(cost, seed).fit(features, np.where(positive, 1, -1))
-
-
-def cross_validated_cost(features: np.ndarray, positive: np.ndarray, seed: int = 0) -> float:
-    """Return the cost of the grid with the best mean average precision over three folds, first on ties."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.model_selection import cross_val_score
-
-    grid = svm_cost_grid()
-    labels = np.where(positive, 1, -1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        means = [
-            cross_val_score(
-                _svc(cost, seed), features, labels, cv=_FOLDS, scoring="average_precision"
-            ).mean()
-            for cost in grid
-        ]
-    return grid[int(np.argmax(means))]
 
 
 def _cost_grid(
@@ -145,9 +110,9 @@ def _cost_grid(
     config: Config,
     omitted: Omissions,
 ) -> dict[str, float]:
-    few = [p.name for p in problems if min(p.positive.sum(), (~p.positive).sum()) < _FOLDS]
+    few = [p.name for p in problems if min(p.positive.sum(), (~p.positive).sum()) < FOLDS]
     for name in few:
-        omitted.add(f"{config.train}: fewer than {_FOLDS} images a side, so cost 1 untuned", name)
+        omitted.add(f"{config.train}: fewer than {FOLDS} images a side, so cost 1 untuned", name)
     tasks = [(train, test, problem, problem.name in few, config.seed) for problem in problems]
     found = list(_parallel(_tuned_precision, tasks, config, "svm"))
     return _mean_and_notes(problems, found)
@@ -157,7 +122,7 @@ def _tuned_precision(
     train: np.ndarray, test: np.ndarray, problem: Problem, untuned: bool, seed: int
 ) -> float:
     cost = 1.0 if untuned else cross_validated_cost(train, problem.positive, seed)
-    return _precision(train, test, problem, cost, seed)
+    return precision(train, test, problem, cost, seed)
 
 
 def _fixed(
@@ -167,8 +132,8 @@ def _fixed(
     config: Config,
     omitted: Omissions,
 ) -> dict[str, float]:
-    tasks = [(train, test, problem, _FIXED_COST, config.seed) for problem in problems]
-    return _mean_and_notes(problems, list(_parallel(_precision, tasks, config, "svm")))
+    tasks = [(train, test, problem, FIXED_COST, config.seed) for problem in problems]
+    return _mean_and_notes(problems, list(_parallel(precision, tasks, config, "svm")))
 
 
 def _low_shot(
@@ -217,7 +182,7 @@ def _low_shot_precisions(
         ]
     )
     part = Problem(problem.name, problem.positive[chosen], problem.tested, problem.truth)
-    return [_precision(train[chosen], test, part, cost, seed) for cost in svm_cost_grid()]
+    return [precision(train[chosen], test, part, cost, seed) for cost in svm_cost_grid()]
 
 
 _SCORES: dict[str, Callable[..., dict[str, float]]] = {
@@ -225,14 +190,6 @@ _SCORES: dict[str, Callable[..., dict[str, float]]] = {
     "fixed": _fixed,
     "low-shot": _low_shot,
 }
-
-
-def _precision(
-    train: np.ndarray, test: np.ndarray, problem: Problem, cost: float, seed: int
-) -> float:
-    machine = fit(train, problem.positive, cost, seed)
-    scores = machine.decision_function(test[problem.tested])
-    return average_precision(problem.truth.astype(int).tolist(), scores.tolist())
 
 
 def _mean_and_notes(problems: Sequence[Problem], found: Sequence[float]) -> dict[str, float]:
@@ -279,12 +236,6 @@ def _problems(data: VocData, train: Tensor, test: Tensor, difficult_out: bool) -
     return problems
 
 
-def _unit_rows(features: Tensor, variant: str) -> np.ndarray:
-    """Rows over their norm plus 1e-5, in float64 (fixed: float32, as published)."""
-    rows = features.numpy().astype(np.float32 if variant == "fixed" else np.float64)
-    return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5)
-
-
 def _embedded(
     reader: StageFeatures,
     data: VocData,
@@ -321,17 +272,3 @@ def _squashed(picture: Picture) -> Tensor:
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     image = image.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _svc(cost: float, seed: int) -> Any:
-    from sklearn.svm import LinearSVC
-
-    return LinearSVC(
-        C=cost,
-        class_weight={1: 2, -1: 1},
-        loss="squared_hinge",
-        dual=True,  # pyright: ignore[reportArgumentType]  (its stubs know only "auto")
-        tol=1e-4,
-        max_iter=_ITERATIONS,
-        random_state=seed,
-    )

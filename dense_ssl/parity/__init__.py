@@ -41,6 +41,7 @@ from dense_ssl.parity.distillation import (
     update_center,
     vit_forward,
 )
+from dense_ssl.parity.evaluation import compute_map, gem, knn, layer_decay_scale, svm_fixed_c
 from dense_ssl.parity.propagation import label_propagate, propagate_labels
 from dense_ssl.parity.revisiting import (
     autoaugment_subpolicy,
@@ -105,6 +106,7 @@ __all__ = [
     "channel_head_forward",
     "channel_self_relation",
     "clip_per_tensor",
+    "compute_map",
     "constrained_box",
     "cosine_lr",
     "cosine_schedule",
@@ -124,15 +126,18 @@ __all__ = [
     "extract_backbone",
     "flip_coord",
     "free_box",
+    "gem",
     "global_info_nce",
     "ibot_head",
     "ibot_loss",
     "interpolate_pos",
     "intersection",
+    "knn",
     "knn_classify",
     "knn_pull_loss",
     "label_propagate",
     "lambda_at",
+    "layer_decay_scale",
     "lr_poly",
     "lr_step",
     "masked_ce",
@@ -163,6 +168,7 @@ __all__ = [
     "srs_mask",
     "srs_module",
     "svm_cost_grid",
+    "svm_fixed_c",
     "teacher_temps",
     "to_detectron2",
     "to_detectron2_name",
