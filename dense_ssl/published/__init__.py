@@ -14,6 +14,7 @@ from dense_ssl.crops import MultiCropBatch
 from dense_ssl.published.contrastive import densecl_losses, moco_losses
 from dense_ssl.published.decoupling import ibot_dc_losses
 from dense_ssl.published.distillation import ibot_losses
+from dense_ssl.published.neighbours import revisiting_losses
 from dense_ssl.published.relations import sere_losses
 from dense_ssl.schedule import Step
 
@@ -22,6 +23,7 @@ Sequence = Callable[[Any, MultiCropBatch, Step], dict[str, Tensor]]
 
 SEQUENCES: Mapping[str, Sequence] = {
     "moco": moco_losses,
+    "revisiting": revisiting_losses,
     "densecl": densecl_losses,
     "dino": ibot_losses,
     "ibot": ibot_losses,
