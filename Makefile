@@ -17,7 +17,7 @@ SEED   ?= 0
 KERNEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify pretrain eval export visualise report bench bench-step bench-data test lint
+.PHONY: help setup shards verify pretrain eval export visualise report doctor bench bench-step bench-data test lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ visualise: setup ## a picture of what the run sees   RUN=runs/a [KIND=crops|mask
 
 report: setup ## one self-contained HTML page about a run   RUN=runs/a
 	@$(PY) -m dense_ssl.report "$(RUN)"
+
+doctor: setup ## what this machine has, whether it works, what a run would need   [METHOD=densecl DATA= RUN= GPUS=]
+	@$(PY) -m dense_ssl.doctor $(if $(filter-out file,$(origin METHOD)),$(METHOD)) $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(if $(GPUS),--gpus $(GPUS)) $(ARGS); code=$$?; [ $$code -ne 2 ]
 
 bench: setup $(VENV)/bench.stamp ## every kernel beside torch, torch.compile and public rivals   [KERNEL=queue_info_nce ARGS=--write-results]
 	@TORCH_CPP_LOG_LEVEL=ERROR $(PY) -m kernels.bench $(KERNEL) $(ARGS)

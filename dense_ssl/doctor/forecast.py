@@ -1,0 +1,178 @@
+"""What a recipe would need of this machine: a few real steps and batches, and what follows from them."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dense_ssl.bench_step import random_batch
+from dense_ssl.config import UserError
+from dense_ssl.doctor.findings import Finding, Severity
+from dense_ssl.loaders import make_loader, open_source
+from dense_ssl.loaders.order import Order
+from dense_ssl.methods import make_method
+from dense_ssl.optim import make_optimizer
+from dense_ssl.pretrain import RunConfig
+from dense_ssl.schedule import Step
+from kernels.bench_measure import peak_bytes
+
+GB = 1e9
+# On a CPU, two small batches, whose difference tells what an image costs; eight BN groups divide both.
+CPU_IMAGES = (8, 16)
+STEPS = 3  # at most
+PATIENCE = 4.0  # seconds after which a step is not repeated
+LOADER_SECONDS = 8.0
+COMFORTABLE = 0.92  # share of a GPU's memory; the rest is the context, the allocator's gaps
+IMAGENET = 1_281_167  # where no data is given
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes on one device, in the image count per device n: fixed + n * per image."""
+
+    seconds: float  # per image and device
+    fixed_bytes: float  # weights, teacher, optimiser state, gradients
+    bytes_per_image: float
+
+    def memory(self, images: int) -> float:
+        """Return the bytes of a step of so many images."""
+        return self.fixed_bytes + images * self.bytes_per_image
+
+
+def forecast(config: RunConfig, gpus: int, with_data: bool) -> list[Finding]:
+    """Return what the recipe needs, what will limit it, and what to change.
+
+    Raises:
+        UserError: the recipe or its data cannot be used.
+    """
+    train, cuda = config.train, torch.cuda.is_available()
+    ranks = max(gpus, 1)
+    per_rank = train.batch_size // (ranks * train.accumulate)
+    if per_rank < 1 or train.batch_size % (ranks * train.accumulate):
+        raise UserError(
+            f"train.batch_size: {train.batch_size} is no multiple of {ranks} ranks x "
+            f"{train.accumulate} micro-batches"
+        )
+    cost = measure_step(config, per_rank if cuda else 0)
+    compute = ranks / cost.seconds
+    images, loader = IMAGENET, None
+    if with_data:
+        images, loader = measure_loader(config)
+    rate = min(compute, loader * (ranks if cuda else 1) if loader else compute)
+    hours = train.epochs * images / rate / 3600
+    where = f"{ranks} GPU(s)" if cuda else "this CPU, one process"
+    what = f"{images} images" if with_data else f"{images} images (no data given: ImageNet's count)"
+    findings = [
+        Finding("step", f"{compute:.3g} images/s on {where}, {per_rank} images each"),
+        _memory(cost, per_rank, train.accumulate),
+    ]
+    if loader is not None:
+        findings.append(_loader(loader, compute / ranks if cuda else compute))
+    limit = "data" if loader is not None and rate < compute else "the step"
+    findings.append(
+        Finding(
+            "whole run", f"{train.epochs:g} epochs of {what}: {_span(hours)}, limited by {limit}"
+        )
+    )
+    return findings
+
+
+def _span(hours: float) -> str:
+    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.0f} days"
+
+
+def measure_step(config: RunConfig, images: int) -> Cost:
+    """Return the cost of steps of `images`; 0: of two small batches, by their difference."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    method: Any = make_method(config.method).to(device)
+    optimizer = make_optimizer(method.param_groups(), config.optim)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    step = Step(0, steps_per_epoch=100, epochs=config.train.epochs, seed=0)
+
+    def run(batch: Any) -> None:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss = method(batch, step).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def cost_of(count: int) -> tuple[float, int]:
+        batch = random_batch(config.method, count, device)
+        run(batch)
+        peak = peak_bytes(lambda: run(batch), device)
+        seconds: list[float] = []
+        while len(seconds) < STEPS and sum(seconds) < PATIENCE:
+            start = time.perf_counter()
+            run(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds), peak
+
+    state = sum(x.nbytes for x in (*method.parameters(), *method.buffers()))
+    if images:
+        (seconds, peak), (_, half) = cost_of(images), cost_of(max(images // 2, 1))
+        sizes = (max(images // 2, 1), images)
+        per_image = (peak - half) / max(sizes[1] - sizes[0], 1)
+        moments = torch.cuda.memory_allocated(device) - state
+        return Cost(seconds / images, state + moments + peak - images * per_image, per_image)
+    low, high = CPU_IMAGES
+    (_, less), (seconds, more) = cost_of(low), cost_of(high)
+    per_image = (more - less) / (high - low)
+    moments = 2 * sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    return Cost(seconds / high, state + moments + max(less - low * per_image, 0), per_image)
+
+
+def _memory(cost: Cost, images: int, accumulate: int) -> Finding:
+    need = cost.memory(images)
+    value = f"{need / GB:.1f} GB per process at {images} images"
+    if not torch.cuda.is_available():
+        return Finding("memory", f"{value} (counted on the CPU from small batches)")
+    total = torch.cuda.get_device_properties(0).total_memory
+    if need <= COMFORTABLE * total:
+        return Finding("memory", f"{value}, of {total / GB:.0f}")
+    fits = int((COMFORTABLE * total - cost.fixed_bytes) / cost.bytes_per_image)
+    if fits < 1:
+        remedy = "not one image fits: run.checkpoint_gradients=true, smaller views, or a smaller backbone"
+        return Finding("memory", f"{value}, of {total / GB:.0f}", Severity.BROKEN, remedy)
+    factor = accumulate * -(-images // fits)
+    remedy = f"train.accumulate={factor} keeps the global batch; or run.checkpoint_gradients=true"
+    return Finding("memory", f"{value}, of {total / GB:.0f}", Severity.BROKEN, remedy)
+
+
+def measure_loader(config: RunConfig) -> tuple[int, float]:
+    """Return the number of images, and how many a second the configured loader makes ready here."""
+    source = open_source(config.data)
+    batch = min(config.train.batch_size, max(len(source.sizes) // 2, 1), 64)
+    order = Order(
+        num_images=len(source.sizes), batch_size=batch, world_size=1, rank=0, accumulate=1, seed=0
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = make_loader(config.data, config.method.views, order, device, source)
+    seen, start = 0, 0.0
+    try:
+        for number, _ in enumerate(loader.epoch(0)):
+            if number == 0:  # compiles, starts workers
+                start = time.perf_counter()
+                continue
+            seen += batch
+            if time.perf_counter() - start > LOADER_SECONDS:
+                break
+        seconds = time.perf_counter() - start
+    finally:
+        loader.close()
+    if not seen:
+        raise UserError(
+            f"{config.data.path}: {len(source.sizes)} images are too few to time a loader"
+        )
+    return len(source.sizes), seen / seconds
+
+
+def _loader(rate: float, needed: float) -> Finding:
+    value = f"{rate:.3g} images/s; a device takes {needed:.3g}"
+    if rate < needed:
+        remedy = "data.workers up to the cores, shards at SIZE=256; with a GPU data.cut=device"
+        return Finding("loader", value, Severity.WARNING, remedy)
+    return Finding("loader", value)
