@@ -43,8 +43,9 @@ def rankings_scores(
             places = min(int(positions[-1]) + 1, kappa)
             at_kappa[query, number] = (positions < places).sum() / places
     usable = ~np.isnan(precisions)
-    mean = float(precisions[usable].mean()) if usable.any() else float("nan")
-    return mean, precisions, at_kappa[usable].mean(axis=0), at_kappa
+    if not usable.any():
+        return float("nan"), precisions, np.full(len(kappas), np.nan), at_kappa
+    return float(precisions[usable].mean()), precisions, at_kappa[usable].mean(axis=0), at_kappa
 
 
 def generalised_mean(cells: Tensor, power: float = 4.0, floor: float = 1e-6) -> Tensor:

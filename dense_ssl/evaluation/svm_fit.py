@@ -74,10 +74,10 @@ def fixed_precisions(
 
     train [n, D] and test [m, D] as they come from the network; positive [n, C] and truth [m, C] bool.
     """
-    rows = [unit_rows(x, single=True) for x in (train, test)]
+    train, test = unit_rows(train, single=True), unit_rows(test, single=True)
     everything = np.ones(len(truth), bool)
     found = [
-        precision(*rows, Problem("", said, everything, true), FIXED_COST, 0)
+        precision(train, test, Problem("", said, everything, true), FIXED_COST, 0)
         for said, true in zip(positive.T, truth.T, strict=True)
     ]
     return np.array(found)
