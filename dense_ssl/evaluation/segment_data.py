@@ -1,10 +1,9 @@
-"""Images with a class per pixel: CamVid's and VOC's folders, or COCO's instances painted into a map.
+"""Images with a class per pixel: a training and a validation split of one data set.
 
-A label map is uint8 [height, width] at the resolution of the annotation; `VOID` is counted nowhere.
+`segment_layouts` lists the folders that are understood; besides, COCO's instances are painted into a map.
 """
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,28 +17,23 @@ from torch import Tensor
 from dense_ssl.config import UserError
 from dense_ssl.evaluation import coco
 from dense_ssl.evaluation.features import content_key, file_stamp, thinned
+from dense_ssl.evaluation.label_maps import (
+    MOST_CLASSES,
+    VOID,
+    LabelledImage,
+    read_mask,
+    usable_images,
+)
 from dense_ssl.evaluation.omissions import Omissions, require_some
-from dense_ssl.loaders.source import SUFFIXES
+from dense_ssl.evaluation.segment_layouts import Layout, find_coco_stuff, find_layout
+
+__all__ = [
+    "VOID", "LabelledImage", "Labels", "SegmentData", "open_segmentation", "read_image", "read_mask",
+    "semantic_map",
+]  # fmt: skip
 
 PROTOCOL = "segment-linear/v1"
-VOID = 255
-VOC_CLASSES = (
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
-    *("cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
-    *("train", "tvmonitor"),
-)
-_VOID_NAMES = frozenset({"void", "unlabelled", "unlabeled", "ignore"})
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledImage:
-    """One image and how to get its label map."""
-
-    path: Path
-    read_labels: Callable[[], np.ndarray]  # uint8 [H, W], classes and VOID
-
-    def __str__(self) -> str:
-        return self.path.name
+Labels = Literal["category", "supercategory", "stuff"]  # of COCO: its instances, or its pixel maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,29 +46,53 @@ class SegmentData:
     val: tuple[LabelledImage, ...]
     content: str  # hash, other when a file or the choice of files is
     omitted: Omissions = field(compare=False)
+    layout: str  # as `segment_layouts` calls it, or coco
 
 
 def open_segmentation(
     root: Path,
-    labels: Literal["category", "supercategory"],
+    labels: Labels,
     max_train: int | None,
     max_val: int | None,
+    train_split: str | None = None,
+    most_classes: int = MOST_CLASSES,
 ) -> SegmentData:
     """Return the data at `root`, at most `max_train` and `max_val` images, evenly spaced.
 
+    train_split: of VOC, `train` or `trainaug`; None takes the larger one that is there.
+
     Raises:
-        UserError: none of the layouts is there, or nothing in it is usable.
+        UserError: none of the layouts is there, nothing in it is usable, or it has too many classes.
     """
-    if coco.is_coco(root):
-        return _open_coco(root, labels, (max_train, max_val))
-    if (root / "trainannot").is_dir():
-        return _open_camvid(root, (max_train, max_val))
-    voc = _voc_home(root)
-    if voc is not None:
-        return _open_voc(voc, (max_train, max_val))
-    raise UserError(
-        f"{root}: neither COCO (annotations/instances_*.json) nor CamVid (train/, trainannot/, "
-        "classes.txt) nor VOC (VOC2012/SegmentationClass, ImageSets/Segmentation) in it"
+    limits = (max_train, max_val)
+    if labels != "stuff" and coco.is_coco(root):
+        return _open_coco(root, labels, limits)
+    found = find_layout(root, train_split) or find_coco_stuff(root)
+    if found is None:
+        raise UserError(
+            f"{root}: neither COCO (annotations/instances_*.json) nor CamVid (train/, trainannot/, "
+            "classes.txt) nor VOC (VOC2012/SegmentationClass, ImageSets/Segmentation) nor Cityscapes "
+            "(leftImg8bit/, gtFine/) nor ADE20K (images/, annotations/training) nor ImageNet-S "
+            "(train-semi/, train-semi-segmentation/) nor COCO-stuff (stuffthingmaps/) in it"
+        )
+    if len(found.classes) > most_classes:
+        raise UserError(
+            f"{root}: {len(found.classes)} classes; this task takes {most_classes} at most"
+        )
+    return _opened(root, found, limits)
+
+
+def _opened(root: Path, found: Layout, limits: tuple[int | None, int | None]) -> SegmentData:
+    omitted = Omissions()
+    parts, content = [], [found.name, *found.classes]
+    for split, pairs, limit in zip(("train", "val"), (found.train, found.val), limits):
+        images, stamps = usable_images(
+            pairs, found.read, split, f"{root} ({split})", limit, omitted
+        )
+        parts.append(images)
+        content += stamps
+    return SegmentData(
+        PROTOCOL, found.classes, parts[0], parts[1], content_key(*content), omitted, found.name
     )
 
 
@@ -104,30 +122,7 @@ def semantic_map(image: coco.AnnotatedImage, numbers: dict[int, int]) -> np.ndar
     return labels
 
 
-def read_mask(path: Path, classes: int, void: int) -> np.ndarray:
-    """Return the label map in an index image (grey or palette), uint8 [H, W].
-
-    `void` and 255 become VOID.
-
-    Raises:
-        ValueError: colours where an index is expected, or an index above the classes.
-    """
-    with Image.open(path) as opened:
-        if opened.mode not in ("L", "P", "I", "I;16", "1"):
-            raise ValueError(f"mask is {opened.mode}, not one class index per pixel")
-        if opened.format == "JPEG":
-            raise ValueError("mask is a JPEG, whose indices are smeared")
-        indices = np.array(opened).astype(np.int64)
-    indices[(indices == void) | (indices == VOID)] = VOID
-    strange = indices[(indices != VOID) & ((indices < 0) | (indices >= classes))]
-    if strange.size:
-        raise ValueError(f"mask has class {strange.max()} of {classes}")
-    return indices.astype(np.uint8)
-
-
-def _open_coco(
-    root: Path, labels: Literal["category", "supercategory"], limits: tuple[int | None, int | None]
-) -> SegmentData:
+def _open_coco(root: Path, labels: Labels, limits: tuple[int | None, int | None]) -> SegmentData:
     omitted = Omissions()
     parts: list[tuple[LabelledImage, ...]] = []
     content: list[str] = [labels]
@@ -157,97 +152,5 @@ def _open_coco(
         content += [file_stamp(image.path) for image in images]
         parts.append(tuple(images))
     return SegmentData(
-        PROTOCOL, ("background", *names), parts[0], parts[1], content_key(*content), omitted
+        PROTOCOL, ("background", *names), parts[0], parts[1], content_key(*content), omitted, "coco"
     )
-
-
-def _open_camvid(root: Path, limits: tuple[int | None, int | None]) -> SegmentData:
-    names = _class_names(root / "classes.txt")
-    void = next((i for i, name in enumerate(names) if name.lower() in _VOID_NAMES), VOID)
-    classes = [name for i, name in enumerate(names) if i != void]
-    if void not in (VOID, len(classes)):
-        raise UserError(f"{root}/classes.txt: the void class must be the last one, not {void}")
-    omitted = Omissions()
-    parts: list[tuple[LabelledImage, ...]] = []
-    content: list[str] = []
-    for split, limit in zip(("train", "val"), limits):
-        images = []
-        for path in sorted((root / split).glob("*")):
-            if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
-                continue
-            mask = root / f"{split}annot" / f"{path.stem}.png"
-            problem = _mask_problem(path, mask, len(classes), void)
-            if problem:
-                omitted.add(f"{split}: {problem}", path.name)
-                continue
-            images.append(LabelledImage(path, partial(read_mask, mask, len(classes), void)))
-            content += [file_stamp(path), file_stamp(mask)]
-        require_some(images, str(root / split), omitted)
-        parts.append(thinned(tuple(images), limit))
-    return SegmentData(PROTOCOL, tuple(classes), parts[0], parts[1], content_key(*content), omitted)
-
-
-def _voc_home(root: Path) -> Path | None:
-    """The folder of VOC2012, else VOC2007: `root` is VOCdevkit, the folder around it, or itself."""
-    for year in ("VOC2012", "VOC2007"):
-        for home in (root / "VOCdevkit" / year, root / year, root):
-            if home.name == year and (home / "SegmentationClass").is_dir():
-                return home
-    return None
-
-
-def _open_voc(home: Path, limits: tuple[int | None, int | None]) -> SegmentData:
-    omitted = Omissions()
-    parts: list[tuple[LabelledImage, ...]] = []
-    content: list[str] = []
-    classes = len(VOC_CLASSES)
-    for split, limit in zip(("train", "val"), limits):
-        listing = home / "ImageSets" / "Segmentation" / f"{split}.txt"
-        try:
-            names = listing.read_text().split()
-        except OSError as error:
-            raise UserError(f"{listing}: cannot be read: {error.strerror}") from None
-        images = []
-        for name in names:
-            path = home / "JPEGImages" / f"{name}.jpg"
-            mask = home / "SegmentationClass" / f"{name}.png"
-            missing = None if path.is_file() else "image file missing"
-            problem = missing or _mask_problem(path, mask, classes, VOID)
-            if problem:
-                omitted.add(f"{split}: {problem}", path.name)
-                continue
-            images.append(LabelledImage(path, partial(read_mask, mask, classes, VOID)))
-            content += [file_stamp(path), file_stamp(mask)]
-        require_some(images, f"{home} ({split})", omitted)
-        parts.append(thinned(tuple(images), limit))
-    return SegmentData(PROTOCOL, VOC_CLASSES, parts[0], parts[1], content_key(*content), omitted)
-
-
-def _class_names(path: Path) -> list[str]:
-    """Names from lines `INDEX NAME`, which must count from 0."""
-    try:
-        lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; it names the classes") from None
-    if [line[0] for line in lines] != [str(i) for i in range(len(lines))] or not lines:
-        raise UserError(f"{path}: expected a line `INDEX NAME` per class, counting from 0")
-    return [line[-1].strip() for line in lines]
-
-
-def _mask_problem(path: Path, mask: Path, classes: int, void: int) -> str | None:
-    if not mask.is_file():
-        return "mask missing"
-    try:
-        with Image.open(path) as image:
-            size = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return "image header not readable"
-    try:
-        labels = read_mask(mask, classes, void)
-    except (OSError, SyntaxError):
-        return "mask not readable"
-    except ValueError as error:
-        return str(error)
-    if labels.shape != size[::-1]:
-        return "mask of another size than its image"
-    return "mask is void everywhere" if (labels == VOID).all() else None
