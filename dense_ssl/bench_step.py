@@ -19,8 +19,8 @@ from torch import Tensor
 from dense_ssl.config import UserError, load
 from dense_ssl.crops import Crops, MultiCropBatch
 from dense_ssl.methods import MethodConfig, make_method
-from dense_ssl.pretrain import RunConfig, recipe_path
 from dense_ssl.published import SEQUENCES
+from dense_ssl.run_config import RunConfig, recipe_path
 from dense_ssl.schedule import Step
 from dense_ssl.views import draw_epoch, positions
 from kernels.bench_measure import peak_bytes

@@ -109,9 +109,10 @@ def console_line(record: Mapping[str, Any], total_steps: int) -> str:
         for name, value in record.items()
         if name.startswith("loss_")
     )
+    loss = f"loss {record['loss']:.4f}" if "loss" in record else "every step refused"
     memory = f"  {record['memory_gb']:.1f} GB" if "memory_gb" in record else ""
     return (
-        f"step {record['step']}/{total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}"
+        f"step {record['step']}/{total_steps}  epoch {record['epoch']:.2f}  {loss}"
         f"{f' ({parts})' if parts else ''}  lr {record['lr']:.3g}  {record['images_per_s']:.0f} img/s"
         f"  data wait {100 * record['data_wait']:.0f} %{memory}  ETA {duration(record['eta_s'])}"
     )

@@ -15,75 +15,35 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataprep.manifest import DataError
 from dense_ssl import checkpoint
 from dense_ssl.augment import POLICIES, Photometry
-from dense_ssl.config import Config, UserError, dump, load
+from dense_ssl.config import UserError, dump, load
 from dense_ssl.distributed import Agreement, World, close_world, init_world, mean_over_ranks
 from dense_ssl.fingerprint import weights_sha256
+from dense_ssl.incidents import StepGuard
 from dense_ssl.launch import launch_ranks
-from dense_ssl.loaders import DataConfig, Loader, make_loader, open_source
+from dense_ssl.loaders import Loader, make_loader, open_source
 from dense_ssl.loaders.order import Order
 from dense_ssl.loaders.prefetch import Prefetcher
 from dense_ssl.log import Meter, RunLog, StepClock, logger, peak_memory_gb, setup_logging
-from dense_ssl.methods import AnyMethodConfig, Method, Step, make_method, warn_of_own_keys
-from dense_ssl.optim import OptimConfig, apply_schedules, clip_gradients, freeze, make_optimizer
+from dense_ssl.methods import Method, Step, make_method, warn_of_own_keys
+from dense_ssl.optim import apply_schedules, clip_gradients, freeze, make_optimizer
 from dense_ssl.pretrained import start_from
 from dense_ssl.rng import key_of
+from dense_ssl.run_config import RunConfig, RunSection, recipe_path
 from dense_ssl.rundir import check_same_run, claimed, data_fingerprint
 from dense_ssl.signals import StopRequest
+from dense_ssl.step_context import autocast, seed_noise
 from kernels import launch
 
 DONE, WRONG_INPUT, STOPPED = 0, 2, 75  # 75: EX_TEMPFAIL, "try again", which schedulers requeue on
-_NOISE = 0x57  # stream of torch's own generator (drop path), seeded once a batch is there
-
-
-class TrainConfig(Config):
-    """How long, how many images at a time, and in which precision. Changes results."""
-
-    epochs: Annotated[float, Field(gt=0)] = 800  # the horizon of every schedule
-    steps: Annotated[int, Field(ge=1)] | None = None  # stop earlier; schedules keep their horizon
-    batch_size: Annotated[int, Field(ge=1)] = 256  # global: all ranks, all micro-batches
-    accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per step on each rank
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    seed: int = 0
-    init: str | None = None  # a checkpoint to start from: ours, official MoCo / DenseCL, a backbone
-
-
-class RunSection(Config):
-    """Where and how it runs. Changes results by rounding at most."""
-
-    dir: str
-    device: str = "auto"
-    kernels: launch.Choice = "auto"  # Triton on CUDA, torch elsewhere; or one of them everywhere
-    compile: bool = False  # torch.compile the backbone
-    checkpoint_gradients: bool = False  # recompute activations: less memory, more time
-    grad_compression: Literal["none", "bf16"] = (
-        "none"  # all-reduce in bf16, for cards without NVLink
-    )
-    deterministic: bool = False  # CUDA: bitwise repeatable algorithms, slower
-    checkpoint_every_steps: Annotated[int, Field(ge=1)] = 1000
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    keep_every_steps: Annotated[int, Field(ge=1)] | None = None
-    log_every_steps: Annotated[int, Field(ge=1)] = 10
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-
-
-class RunConfig(Config):
-    """One run."""
-
-    method: AnyMethodConfig
-    data: DataConfig
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
-    run: RunSection
 
 
 def main(argv: list[str]) -> int:
@@ -108,22 +68,6 @@ def main(argv: list[str]) -> int:
             where = error.filename or "the run's folder"
             return _refuse(f"{where}: {error.strerror}; free space or choose another run.dir")
         raise
-
-
-def recipe_path(name: str) -> Path:
-    """Return the YAML file of a recipe name or path.
-
-    Raises:
-        UserError: neither exists.
-    """
-    if name.endswith((".yaml", ".yml")):
-        return Path(name)
-    folder = Path(__file__).resolve().parent.parent / "configs"
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
-        raise UserError(f"METHOD={name}: no such recipe in configs/; there are {', '.join(known)}")
-    return path
 
 
 def train(config: RunConfig) -> int:
@@ -217,35 +161,43 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
     loader = make_loader(config.data, views, order, world.device, source)
     agreement = Agreement(world)
     clock = StepClock()
+    guard = StepGuard(method, config, world.rank)
     saved_at = done
     stopping = False
     try:
         for epoch, batches in _epochs(loader, order, world, done, last_step):
             while done < last_step and done // order.steps_per_epoch == epoch and not stopping:
                 step = Step(done, order.steps_per_epoch, train_cfg.epochs, train_cfg.seed)
-                carries = []
+                carries, losses = [], []
+                guard.begin()
                 for micro in range(train_cfg.accumulate):
                     waiting = time.perf_counter()
                     batch = next(batches)
                     clock.waited(time.perf_counter() - waiting)
+                    guard.seen(batch)
                     batch = photometry(batch, epoch)
-                    torch.manual_seed(int(key_of(step.seed, _NOISE, done, world.rank, micro) >> 1))
+                    seed_noise(step.at_micro(micro), world.rank)
                     with _no_sync_before_last(trained, micro, train_cfg.accumulate):
-                        with _autocast(world.device, train_cfg.precision):
+                        with autocast(world.device, train_cfg.precision):
                             output = trained(batch, step.at_micro(micro))
                         scaler.scale(output.loss / train_cfg.accumulate).backward()
                     carries.append(output.carry)
-                    meter.add(
+                    losses.append(
                         {"loss": output.loss, **{f"loss_{k}": v for k, v in output.logs.items()}}
                     )
                 values = apply_schedules(optimizer, config.optim, step, train_cfg.batch_size)
                 scaler.unscale_(optimizer)
-                freeze(optimizer, step)
-                clip_gradients(optimizer, config.optim.clip)
-                scaler.step(optimizer)
+                if guard.accepts(scaler):
+                    freeze(optimizer, step)
+                    clip_gradients(optimizer, config.optim.clip)
+                    scaler.step(optimizer)
+                    method.after_step(carries, step)
+                    for values_of_micro in losses:
+                        meter.add(values_of_micro)
+                else:
+                    guard.refuse(step, epoch, losses)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
-                method.after_step(carries, step)
                 done += 1
                 clock.seen(train_cfg.batch_size)
 
@@ -262,6 +214,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
                                 "images_per_s": images_per_s,
                                 "data_wait": data_wait,
                                 "replaced": len(loader.replaced),
+                                **guard.counted(),
                                 **peak_memory_gb(world.device),
                                 "eta_s": (last_step - done) * train_cfg.batch_size / images_per_s,
                             }
@@ -323,12 +276,6 @@ def _no_sync_before_last(trained: nn.Module, micro: int, accumulate: int) -> Any
     if isinstance(trained, DistributedDataParallel) and micro < accumulate - 1:
         return trained.no_sync()
     return contextlib.nullcontext()
-
-
-def _autocast(device: torch.device, precision: str) -> Any:
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def _seed_everything(seed: int, deterministic: bool) -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dense_ssl.config import Config, UserError, apply_override, dump, load, validate
-from dense_ssl.pretrain import RunConfig, recipe_path
+from dense_ssl.run_config import RunConfig, recipe_path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))

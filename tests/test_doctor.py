@@ -10,7 +10,7 @@ from dense_ssl.doctor.findings import Finding, Severity, attempt, page, worst
 from dense_ssl.doctor.forecast import Cost, _memory, forecast, measure_step
 from dense_ssl.doctor.machine import check_machine
 from dense_ssl.loaders.source import decode
-from dense_ssl.pretrain import RunConfig, recipe_path
+from dense_ssl.run_config import RunConfig, recipe_path
 
 SMALL = [
     "method.backbone.name=test_resnet", "method.backbone.bn_groups=1", "method.views.0.size=32",

@@ -18,7 +18,7 @@ from dense_ssl.doctor.forecast import forecast
 from dense_ssl.doctor.machine import check_machine
 from dense_ssl.doctor.rates import check_rates
 from dense_ssl.doctor.software import check_software
-from dense_ssl.pretrain import RunConfig, recipe_path
+from dense_ssl.run_config import RunConfig, recipe_path
 
 
 def main(argv: Sequence[str]) -> int:

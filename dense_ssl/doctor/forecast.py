@@ -13,7 +13,7 @@ from dense_ssl.loaders import make_loader, open_source
 from dense_ssl.loaders.order import Order
 from dense_ssl.methods import make_method
 from dense_ssl.optim import make_optimizer
-from dense_ssl.pretrain import RunConfig
+from dense_ssl.run_config import RunConfig
 from dense_ssl.schedule import Step
 from kernels.bench_measure import peak_bytes
 

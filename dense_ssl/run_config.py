@@ -1,0 +1,70 @@
+"""A run's configuration: what a recipe in `configs/` says, and where recipes are found."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dense_ssl.config import Config, UserError
+from dense_ssl.loaders import DataConfig
+from dense_ssl.methods import AnyMethodConfig
+from dense_ssl.optim import OptimConfig
+from kernels import launch
+
+
+class TrainConfig(Config):
+    """How long, how many images at a time, and in which precision. Changes results."""
+
+    epochs: Annotated[float, Field(gt=0)] = 800  # the horizon of every schedule
+    steps: Annotated[int, Field(ge=1)] | None = None  # stop earlier; schedules keep their horizon
+    batch_size: Annotated[int, Field(ge=1)] = 256  # global: all ranks, all micro-batches
+    accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per step on each rank
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    seed: int = 0
+    init: str | None = None  # a checkpoint to start from: ours, official MoCo / DenseCL, a backbone
+
+
+class RunSection(Config):
+    """Where and how it runs. Changes results by rounding at most."""
+
+    dir: str
+    device: str = "auto"
+    kernels: launch.Choice = "auto"  # Triton on CUDA, torch elsewhere; or one of them everywhere
+    compile: bool = False  # torch.compile the backbone
+    checkpoint_gradients: bool = False  # recompute activations: less memory, more time
+    grad_compression: Literal["none", "bf16"] = (
+        "none"  # all-reduce in bf16, for cards without NVLink
+    )
+    deterministic: bool = False  # CUDA: bitwise repeatable algorithms, slower
+    max_refused: Annotated[int, Field(ge=1)] = 10  # steps in a row whose gradient is not finite
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] = 1000
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    keep_every_steps: Annotated[int, Field(ge=1)] | None = None
+    log_every_steps: Annotated[int, Field(ge=1)] = 10
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+
+
+class RunConfig(Config):
+    """One run."""
+
+    method: AnyMethodConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    run: RunSection
+
+
+def recipe_path(name: str) -> Path:
+    """Return the YAML file of a recipe name or path.
+
+    Raises:
+        UserError: neither exists.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    folder = Path(__file__).resolve().parent.parent / "configs"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+        raise UserError(f"METHOD={name}: no such recipe in configs/; there are {', '.join(known)}")
+    return path

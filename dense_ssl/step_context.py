@@ -1,0 +1,23 @@
+"""What surrounds the forward pass of a step, in training and wherever a step is repeated."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from dense_ssl.rng import key_of
+from dense_ssl.schedule import Step
+
+_NOISE = 0x57  # stream of torch's own generator (drop path)
+
+
+def seed_noise(step: Step, rank: int) -> None:
+    """Key torch's own generator by the micro-batch; called once its batch is there."""
+    torch.manual_seed(int(key_of(step.seed, _NOISE, step.index, rank, step.micro) >> 1))
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """Return the context in which the forward pass of a precision runs."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
