@@ -113,6 +113,7 @@ class TrainingCrops:
             multiprocessing_context=worker_context() if workers else None,
             worker_init_fn=partial(end_with, getpid()),
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # of the workers' seeds: torch's own is left alone
         )
 
     @property
