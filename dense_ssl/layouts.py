@@ -1,10 +1,11 @@
-"""The same weights under other projects' names: MoCo, OpenSelfSup, DenseCL, DINO, iBOT, detectron2, ours.
+"""The same weights under others' names: MoCo, OpenSelfSup, DenseCL, DINO, iBOT, UDI, detectron2, ours.
 
 Everything here maps names to names; nothing reads a file or builds a network. In all of them the trunk
 is a plain ResNet with torchvision's names (318 tensors for a ResNet-50 without `fc`) or a plain ViT with
 timm's, below a prefix. Layouts: `MoCo` module.encoder_q.*, `OpenSelfSup` and `DenseCL` encoder_q.0.*
 (trunk) and encoder_q.1.* (neck), `MaskContrast` model_q.backbone.*, `detectron2` stem.* and res2.* to
-res5.*; DINO and iBOT have one state each under `student` and `teacher`, with backbone.* and head.*.
+res5.*; DINO and iBOT have one state each under `student` and `teacher`, with backbone.* and head.*; UDI's
+has the trunk as backbone.backbone.*, with all class tokens as `cls_token`: timm's `reg_token` are the others.
 """
 
 import math
@@ -22,9 +23,11 @@ from dense_ssl.config import UserError
 Part = Literal["student", "teacher"]
 
 # In order of preference: DenseCL's files hold the trunk twice, and `encoder_q.0` is the original.
-_PREFIXES = ("encoder_q.0.", "encoder_q.", "backbone.", "model_q.backbone.")
-# What may stand beside a trunk: a classifier, a mask token, SERE's heads
-_NOT_TRUNK = ("fc.", "head.", "masked_embed", "mask_token", "pixel_sere", "channel_sere")
+_PREFIXES = ("encoder_q.0.", "encoder_q.", "backbone.backbone.", "backbone.", "model_q.backbone.")
+# What may stand beside a trunk: a classifier, a mask token, SERE's heads, UDI's attention module
+_NOT_TRUNK = (
+    "fc.", "head.", "masked_embed", "mask_token", "pixel_sere", "channel_sere", "attn.", "norm1.",
+)  # fmt: skip
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # (bottleneck blocks, blocks per stage, channels of the first 3x3 convolution: out, in) -> timm name
 _RESNETS: dict[tuple[bool, tuple[int, ...], tuple[int, ...]], str] = {
@@ -59,7 +62,7 @@ def extract_backbone(checkpoint: Mapping[str, Any], part: Part = "student") -> d
     if "conv1.weight" in trunk:
         return _complete_resnet(trunk)
     if own or "patch_embed.proj.weight" in trunk:
-        return trunk
+        return _with_one_cls_token(trunk)
     raise UserError(
         f"no backbone among its {len(state)} tensors ({listed(state)}); known are ResNets as MoCo, "
         "OpenSelfSup, DenseCL, MaskContrast, torchvision, timm and detectron2 store them, and ViTs as "
@@ -122,6 +125,30 @@ def resnet_of(trunk: Mapping[str, Tensor]) -> str:
     return _RESNETS[key]
 
 
+def class_tokens_of(trunk: Mapping[str, Tensor]) -> int:
+    """Return how many class tokens a ViT's trunk has, those that timm calls registers among them."""
+    more = trunk.get("reg_token")
+    return 1 if more is None else 1 + more.shape[1]
+
+
+def _with_one_cls_token(trunk: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a ViT's trunk with its first class token as `cls_token` and the others as `reg_token`.
+
+    Raises:
+        UserError: UDI's trunk has positions for another number of class tokens than it has.
+    """
+    tokens = trunk.get("cls_token")
+    if tokens is None or tokens.shape[1] == 1:
+        return trunk
+    cells = trunk["pos_embed"].shape[1] - tokens.shape[1] if "pos_embed" in trunk else 0
+    if cells < 1 or math.isqrt(cells) ** 2 != cells:
+        raise UserError(
+            f"a ViT with {tokens.shape[1]} class tokens and {cells} positions of patches, which are no "
+            "square: its position table is of another network"
+        )
+    return trunk | {"cls_token": tokens[:, :1], "reg_token": tokens[:, 1:]}
+
+
 def published_vit_of(trunk: Mapping[str, Tensor]) -> str:
     """Return the timm name of the ViT of DINO's or iBOT's code whose tensors these are.
 
@@ -130,7 +157,7 @@ def published_vit_of(trunk: Mapping[str, Tensor]) -> str:
     """
     width, _, patch, _ = trunk["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in trunk if name.startswith("blocks.")})
-    side = patch * math.isqrt(trunk["pos_embed"].shape[1] - 1)
+    side = patch * math.isqrt(trunk["pos_embed"].shape[1] - class_tokens_of(trunk))
     if (width, depth) not in _VITS:
         raise UserError(
             f"a ViT of width {width} and depth {depth} is none of {', '.join(_VITS.values())}; name "

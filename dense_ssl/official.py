@@ -11,7 +11,7 @@
 | backbone_queue.keys, pointer      | queue_backbone, its pointer is queue_ptr, too                   |
 
 MoCo's and Revisiting's files put `module.` before every name; a Revisiting run without neighbours has MoCo's
-layout. DINO's, iBOT's and SERE's are in `official_distillation`.
+layout. DINO's, iBOT's and SERE's are in `official_distillation`, UDI's in `official_udi`.
 Optimiser states are not converted. The official codes move the key encoder at the start of the next
 iteration, ours after the step: a file of theirs is one such move behind ours, which a run that continues
 from it makes up within its first steps.
@@ -26,6 +26,7 @@ from torch import Tensor
 from dense_ssl.config import UserError
 from dense_ssl.layouts import extract_backbone, is_distillation, listed, select, tensors
 from dense_ssl.official_distillation import from_distillation
+from dense_ssl.official_udi import from_udi, is_udi
 
 _SIDES = (("student.", "encoder_q."), ("teacher.", "encoder_k."))
 
@@ -121,13 +122,13 @@ def to_official(method_name: str, state: Mapping[str, Tensor]) -> dict[str, Tens
 def from_official(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """Return (method name, our method state) of an official training checkpoint.
 
-    Of MoCo, OpenSelfSup, DenseCL, Revisiting, DINO, iBOT, denseSSL or SERE.
+    Of MoCo, OpenSelfSup, DenseCL, Revisiting, DINO, iBOT, denseSSL, SERE or UDI.
 
     Raises:
         UserError: it is no full training state: a part is missing, or a tensor has no place in ours.
     """
     if is_distillation(checkpoint):
-        return from_distillation(checkpoint)
+        return from_udi(checkpoint) if is_udi(checkpoint) else from_distillation(checkpoint)
     theirs = tensors(checkpoint)
     layout = _layout_of(theirs)
     out: dict[str, Tensor] = {}

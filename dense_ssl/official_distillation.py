@@ -46,7 +46,7 @@ def from_distillation(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Ten
         )
     out: dict[str, Tensor] = {"objective.center": centers["center"].flatten()}
     sides: tuple[Part, ...] = ("student", "teacher")
-    heads = {side: _head(tensors(checkpoint, side), side) for side in sides}
+    heads = {side: head_tensors(tensors(checkpoint, side), side) for side in sides}
     if heads["student"].keys() != heads["teacher"].keys():
         raise UserError(
             "patches share the prototypes of class tokens in one of student and teacher only; a run "
@@ -77,7 +77,7 @@ def from_distillation(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Ten
     return "sere" if sere else "ibot" if ibot else "dino", out
 
 
-def _head(state: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
+def head_tensors(state: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
     """Return the tensors of a head; prototypes of patches only where they are not those of class tokens."""
     head = select(state, "head.")
     shared = all(name in head for name in _LAST2) and all(

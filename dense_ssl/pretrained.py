@@ -3,7 +3,7 @@
 | spec                        | backbone                                                                 |
 |-----------------------------|--------------------------------------------------------------------------|
 | runs/a                      | of the run's `checkpoints/last.pt`, the network its method exports       |
-| FILE                        | a checkpoint of ours, official MoCo / OpenSelfSup / DenseCL / MaskContrast / DINO / iBOT / SERE, torchvision, detectron2; .pt .pth .pth.tar .safetensors .pkl |
+| FILE                        | a checkpoint of ours, official MoCo / OpenSelfSup / DenseCL / MaskContrast / DINO / iBOT / SERE / UDI, torchvision, detectron2; .pt .pth .pth.tar .safetensors .pkl |
 | FILE?arch=NAME              | the same, where NAME (timm's) cannot be read from the tensors: ViTs alone |
 | timm:NAME                   | timm's published weights                                                 |
 | random:NAME, random:runs/a  | the same network at random initialisation                                |
@@ -31,6 +31,7 @@ from dense_ssl.config import UserError, validate
 from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.layouts import (
     Part,
+    class_tokens_of,
     extract_backbone,
     is_distillation,
     listed,
@@ -135,14 +136,16 @@ def backbone_config(
     """Return the configuration of the network whose trunk this is: stored, named, or from shapes."""
     distilled = is_distillation(checkpoint)
     positions = "dino" if distilled else "timm"  # as its code resamples them
+    tokens = class_tokens_of(trunk)
     if arch:
-        return BackboneConfig(name=arch, positions=positions)
+        return BackboneConfig(name=arch, positions=positions, class_tokens=tokens)
     if checkpoint.get("format") == FORMAT:
         return validate(
             BackboneConfig, checkpoint["config"]["method"]["backbone"], "method.backbone"
         )
     if distilled and "patch_embed.proj.weight" in trunk:
-        return BackboneConfig(name=published_vit_of(trunk), positions=positions)
+        name = published_vit_of(trunk)
+        return BackboneConfig(name=name, positions=positions, class_tokens=tokens)
     if "conv1.weight" not in trunk:
         raise UserError(
             "a ViT's tensors do not tell its name; write FILE?arch=NAME with timm's name"
@@ -242,8 +245,8 @@ def _fetch(name: str) -> dict[str, Tensor]:
 def start_from(path: str, method: Method, name: str) -> None:
     """Load a checkpoint into a fresh method: the whole state of the same method, else the trunk alone.
 
-    A whole state is a checkpoint of ours or an official training file (MoCo, DenseCL, DINO, iBOT, SERE), key
-    encoder, queues and centres with it; optimiser states are never taken. What was loaded is logged.
+    A whole state is a checkpoint of ours or an official training file (MoCo, DenseCL, DINO, iBOT, SERE, UDI),
+    key encoder, queues and centres with it; optimiser states are never taken. What was loaded is logged.
 
     Raises:
         UserError: the file cannot be read, or its tensors do not fit this recipe.
@@ -271,7 +274,7 @@ def _whole_state(checkpoint: Mapping[str, Any], name: str) -> Mapping[str, Tenso
         theirs = method_name(checkpoint)
         return checkpoint["method"] if _FAMILY.get(theirs, theirs) == family else None
     if is_distillation(checkpoint):
-        if family not in ("dino", "ibot", "sere"):
+        if family not in ("dino", "ibot", "sere", "udi"):
             return None
     elif not any("encoder_k." in key for key in tensors(checkpoint)):
         return None
