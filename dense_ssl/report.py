@@ -7,9 +7,7 @@ script and fetches nothing. A file still being written, or missing, takes nothin
 """
 
 import argparse
-import base64
 import html
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +19,16 @@ import yaml
 from dense_ssl.checkpoint import write_atomically
 from dense_ssl.config import UserError
 from dense_ssl.report_facts import run_facts, setting
-from dense_ssl.svg_plot import Line, line_plot
+from dense_ssl.report_html import (
+    code,
+    evaluation_table,
+    page,
+    panel,
+    picture,
+    read_jsonl,
+    section,
+    series,
+)
 
 _LARGEST_PICTURE = 8_000_000  # bytes; a page should still open at once
 _PICTURES = {
@@ -29,7 +36,6 @@ _PICTURES = {
     "photometry.",
     "correspondence": "Which cells of two views the trained features match, judged by the crop boxes.",
 }
-_STYLE = Path(__file__).with_name("report.css")
 
 
 def write_report(run: Path) -> Path:
@@ -50,39 +56,19 @@ def write_report(run: Path) -> Path:
     title = f"{setting(config, 'method', 'name')} · {run.resolve().name}"
     sections = [
         _heading(run, config, log),
-        _section("Training", _curves(log)),
-        _section("Evaluation", _evaluation(results)),
+        section("Training", _curves(log)),
+        section("Evaluation", evaluation_table(results)),
         *_pictures(run),
-        _section("Commands", _commands(run, config, results)),
-        _section("Settings", f"<details><summary>config.yaml</summary>{_code(text)}</details>"),
+        section("Commands", _commands(run, config, results)),
+        section("Settings", f"<details><summary>config.yaml</summary>{code(text)}</details>"),
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE.read_text()}</style></head><body>"
-        f"{''.join(sections)}</body></html>\n"
-    )
+    text = page(title, sections)
     path = run / "report.html"
     try:
-        write_atomically(path, page.encode())
+        write_atomically(path, text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     return path
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file; lines that are cut short and missing files give none."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def _heading(run: Path, config: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
@@ -101,92 +87,23 @@ def _curves(log: Sequence[Mapping[str, Any]]) -> str:
     if not log:
         return '<p class="soft">log.jsonl has no line yet.</p>'
     parts = sorted({key for record in log for key in record if key.startswith("loss_")})
-    losses = [_line(log, "loss", "loss")]
-    losses += [_line(log, part, part.removeprefix("loss_")) for part in parts[:4]]
+    losses = [series(log, "loss", "loss")]
+    losses += [series(log, part, part.removeprefix("loss_")) for part in parts[:4]]
     panels = [
-        _panel("Loss", losses, "loss (nats)", log),
-        _panel("Learning rate", [_line(log, "lr", "lr")], "learning rate", log),
-        _panel("Throughput", [_line(log, "images_per_s", "images/s")], "images/s", log, True),
-        _panel(
+        panel("Loss", losses, "loss (nats)"),
+        panel("Learning rate", [series(log, "lr", "lr")], "learning rate"),
+        panel("Throughput", [series(log, "images_per_s", "images/s")], "images/s", True),
+        panel(
             "Waiting for data",
-            [_line(log, "data_wait", "data wait", 100)],
+            [series(log, "data_wait", "data wait", 100)],
             "% of step time",
-            log,
             True,
         ),
     ]
     if any("memory_gb" in record for record in log):
-        memory = [_line(log, "memory_gb", "peak memory")]
-        panels.append(_panel("GPU memory", memory, "GB", log, True))
+        memory = [series(log, "memory_gb", "peak memory")]
+        panels.append(panel("GPU memory", memory, "GB", True))
     return f'<div class="grid2">{"".join(panels)}</div>'
-
-
-def _line(log: Sequence[Mapping[str, Any]], key: str, label: str, scale: float = 1.0) -> Line:
-    points = [
-        (float(record["step"]), scale * float(record[key]))
-        for record in log
-        if isinstance(record.get(key), int | float) and isinstance(record.get("step"), int)
-    ]
-    return Line(label, points)
-
-
-def _panel(
-    title: str,
-    lines: Sequence[Line],
-    y_label: str,
-    log: Sequence[Mapping[str, Any]],
-    from_zero: bool = False,
-) -> str:
-    legend = "".join(
-        f'<span><i class="key s{i}"></i>{html.escape(line.label)} '
-        f"{f'{line.points[-1][1]:.4g}' if line.points else ''}</span>"
-        for i, line in enumerate(lines)
-    )
-    plot = line_plot(lines, "optimiser step", y_label, from_zero)
-    return f"<figure><figcaption>{html.escape(title)}{legend}</figcaption>{plot}</figure>"
-
-
-# --- evaluation ------------------------------------------------------------------------------------
-
-
-def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
-    rows: dict[tuple[str, str, str], dict[str, float]] = {}
-    labels: dict[str, None] = {}
-    for record in results:
-        if not isinstance(record.get("value"), int | float):
-            continue
-        task, protocol, metric = (str(record.get(k, "")) for k in ("task", "protocol", "metric"))
-        label = str(record.get("checkpoint", "run"))
-        labels[label] = None
-        row = rows.setdefault((task, protocol, metric), {})
-        row[label] = float(record["value"])  # a later result replaces an earlier
-        if isinstance(record.get("random_init"), int | float):  # the same network, untrained
-            labels["random initialisation"] = None
-            row["random initialisation"] = float(record["random_init"])
-    if not rows:
-        return (
-            '<p class="soft">Nothing evaluated yet. The command is below; results appear here when '
-            "the report is written again.</p>"
-        )
-    columns = sorted(labels, key=lambda label: not label.startswith("random"))
-    difference = len(columns) == 2 and columns[0].startswith("random")
-    head = "".join(f'<th class="number">{html.escape(label)}</th>' for label in columns)
-    head += '<th class="number">difference</th>' if difference else ""
-    body = []
-    for (task, protocol, metric), values in rows.items():
-        cells = "".join(
-            f'<td class="number">{f"{values[c]:.2f}" if c in values else "-"}</td>' for c in columns
-        )
-        if difference:
-            both = all(c in values for c in columns)
-            cells += '<td class="number">'
-            cells += f"{values[columns[1]] - values[columns[0]]:+.2f}</td>" if both else "</td>"
-        names = "".join(f"<td>{html.escape(text)}</td>" for text in (task, metric, protocol))
-        body.append(f"<tr>{names}{cells}</tr>")
-    return (
-        '<div class="scroll"><table><thead><tr><th>task</th><th>metric</th><th>protocol</th>'
-        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
 
 
 # --- pictures and commands -------------------------------------------------------------------------
@@ -199,13 +116,8 @@ def _pictures(run: Path) -> list[str]:
         if path.stat().st_size > _LARGEST_PICTURE:
             body = f'<p class="soft">{html.escape(path.name)} is too large to embed.</p>'
         else:
-            data = base64.b64encode(path.read_bytes()).decode()
-            caption = _PICTURES.get(path.stem, path.name)
-            body = (
-                f'<p class="soft">{html.escape(caption)}</p>'
-                f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
-            )
-        sections.append(_section(path.stem.replace("-", " ").capitalize(), body))
+            body = picture(path.read_bytes(), _PICTURES.get(path.stem, path.name))
+        sections.append(section(path.stem.replace("-", " ").capitalize(), body))
     return sections
 
 
@@ -222,15 +134,7 @@ def _commands(run: Path, config: Mapping[str, Any], results: Sequence[Mapping[st
         f"make visualise RUN={folder} KIND=correspondence",
         "Write this page again": f"make report RUN={folder}",
     }
-    return "".join(f"<p>{html.escape(name)}</p>{_code(text)}" for name, text in steps.items())
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
-
-
-def _code(text: str) -> str:
-    return f"<pre><code>{html.escape(text)}</code></pre>"
+    return "".join(f"<p>{html.escape(name)}</p>{code(text)}" for name, text in steps.items())
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,126 @@
+"""Parts of our HTML pages: a page with its style, sections, panels with curves, tables, pictures.
+
+A page has no script and fetches nothing.
+"""
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dense_ssl.svg_plot import Line, line_plot
+
+_STYLE = Path(__file__).with_name("report.css")
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """Return a whole page."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE.read_text()}</style></head><body>"
+        f"{''.join(sections)}</body></html>\n"
+    )
+
+
+def section(title: str, body: str) -> str:
+    """Return a titled section."""
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
+
+
+def code(text: str) -> str:
+    """Return text as it is, for copying."""
+    return f"<pre><code>{html.escape(text)}</code></pre>"
+
+
+def picture(png: bytes, caption: str) -> str:
+    """Return a picture with its caption, in the page itself."""
+    data = base64.b64encode(png).decode()
+    return (
+        f'<p class="soft">{html.escape(caption)}</p>'
+        f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+    )
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON-lines file; lines that are cut short and missing files give none."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def series(log: Sequence[Mapping[str, Any]], key: str, label: str, scale: float = 1.0) -> Line:
+    """Return one logged value over the steps."""
+    points = [
+        (float(record["step"]), scale * float(record[key]))
+        for record in log
+        if isinstance(record.get(key), int | float) and isinstance(record.get("step"), int)
+    ]
+    return Line(label, points)
+
+
+def panel(
+    title: str,
+    lines: Sequence[Line],
+    y_label: str,
+    from_zero: bool = False,
+) -> str:
+    """Return curves under a title, with the last value of each."""
+    legend = "".join(
+        f'<span><i class="key s{i}"></i>{html.escape(line.label)} '
+        f"{f'{line.points[-1][1]:.4g}' if line.points else ''}</span>"
+        for i, line in enumerate(lines)
+    )
+    plot = line_plot(lines, "optimiser step", y_label, from_zero)
+    return f"<figure><figcaption>{html.escape(title)}{legend}</figcaption>{plot}</figure>"
+
+
+def evaluation_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return results as a table: a row per metric, a column per checkpoint, random weights first."""
+    rows: dict[tuple[str, str, str], dict[str, float]] = {}
+    labels: dict[str, None] = {}
+    for record in results:
+        if not isinstance(record.get("value"), int | float):
+            continue
+        task, protocol, metric = (str(record.get(k, "")) for k in ("task", "protocol", "metric"))
+        label = str(record.get("checkpoint", "run"))
+        labels[label] = None
+        row = rows.setdefault((task, protocol, metric), {})
+        row[label] = float(record["value"])  # a later result replaces an earlier
+        if isinstance(record.get("random_init"), int | float):  # the same network, untrained
+            labels["random initialisation"] = None
+            row["random initialisation"] = float(record["random_init"])
+    if not rows:
+        return (
+            '<p class="soft">Nothing evaluated yet. The command is below; results appear here when '
+            "the report is written again.</p>"
+        )
+    columns = sorted(labels, key=lambda label: not label.startswith("random"))
+    difference = len(columns) == 2 and columns[0].startswith("random")
+    head = "".join(f'<th class="number">{html.escape(label)}</th>' for label in columns)
+    head += '<th class="number">difference</th>' if difference else ""
+    body = []
+    for (task, protocol, metric), values in rows.items():
+        cells = "".join(
+            f'<td class="number">{f"{values[c]:.2f}" if c in values else "-"}</td>' for c in columns
+        )
+        if difference:
+            both = all(c in values for c in columns)
+            cells += '<td class="number">'
+            cells += f"{values[columns[1]] - values[columns[0]]:+.2f}</td>" if both else "</td>"
+        names = "".join(f"<td>{html.escape(text)}</td>" for text in (task, metric, protocol))
+        body.append(f"<tr>{names}{cells}</tr>")
+    return (
+        '<div class="scroll"><table><thead><tr><th>task</th><th>metric</th><th>protocol</th>'
+        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
