@@ -111,6 +111,8 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key}: missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if not key:  # of several keys together, which the message names
+        return message
     shown = repr(problem["input"])
     return f"{key}: {message}" + (f" (got {shown})" if len(shown) <= 60 else "")
 
