@@ -4,6 +4,7 @@ An edit sees patch embeddings before their positions are added (a masked patch k
 the class tokens. The only file that touches timm's private `_pos_embed`; `tests/test_backbones.py` pins it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,31 @@ class ViTBackbone(Backbone):
         else:
             x = trunk.blocks(x)
         return x, trunk.norm(x)
+
+    def maps_after(
+        self, images: Tensor, blocks: Sequence[int], *, normed: bool, class_tokens: bool = True
+    ) -> list[Tensor]:
+        """Return the cells after each of `blocks` (from 0, ascending) as maps [B, D, h, w].
+
+        normed: all pass the final norm. class_tokens: False leaves them out of the sequence.
+        """
+        trunk: Any = self.trunk
+        patches = self.embed(images)
+        first = self.prefix
+        x = self.place(patches)
+        if not class_tokens:
+            x, first = x[:, first:], 0
+        x = trunk.norm_pre(trunk.patch_drop(x))
+        maps = []
+        for number, block in enumerate(trunk.blocks[: max(blocks) + 1]):
+            if trunk.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if number in blocks:
+                cells = (trunk.norm(x) if normed else x)[:, first:]
+                maps.append(cells.transpose(1, 2).unflatten(2, patches.shape[1:3]))
+        return maps
 
     @torch.no_grad()
     def last_attention(self, images: Tensor) -> Tensor:
