@@ -11,13 +11,14 @@ TO     ?= timm
 SRC    ?=
 SPLIT  ?=
 RUN    ?=
+RUNS   ?=
 GPUS   ?=
 KIND   ?= crops
 SEED   ?= 0
 KERNEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify pretrain eval export visualise report doctor bench bench-step bench-data test lint
+.PHONY: help setup shards verify pretrain eval export visualise report compare doctor bench bench-step bench-data test lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,11 +42,14 @@ eval: setup ## evaluate a run, a checkpoint or timm:NAME   RUN=runs/a DATA= [TAS
 export: setup ## backbone weights for other libraries   RUN=runs/a [TO=timm,torchvision,detectron2,official OUT=]
 	@$(PY) -m dense_ssl.export --run "$(RUN)" --to $(TO) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-visualise: setup ## a picture of what the run sees   RUN=runs/a [KIND=crops|masks|correspondence|attention|pca OUT=]
+visualise: setup ## a picture of what the run sees   RUN=runs/a [KIND=crops|masks|correspondence|attention|pca|neighbours OUT=]
 	@$(PY) -m dense_ssl.visualise --run "$(RUN)" --kind $(KIND) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 report: setup ## one self-contained HTML page about a run   RUN=runs/a
 	@$(PY) -m dense_ssl.report "$(RUN)"
+
+compare: setup ## runs beside one another in one page   RUNS=runs/a,runs/b [OUT=compare.html ARGS="--reference runs/right"]
+	@$(PY) -m dense_ssl.compare "$(RUNS)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 doctor: setup ## what this machine has, whether it works, what a run would need   [METHOD=densecl DATA= RUN= GPUS=]
 	@$(PY) -m dense_ssl.doctor $(if $(filter-out file,$(origin METHOD)),$(METHOD)) $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(if $(GPUS),--gpus $(GPUS)) $(ARGS); code=$$?; [ $$code -ne 2 ]
