@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dataprep.manifest import DataError
 from dense_ssl import checkpoint
 from dense_ssl.augment import POLICIES, Photometry
+from dense_ssl.checkpoint_writer import CheckpointWriter
 from dense_ssl.config import UserError, dump, load
 from dense_ssl.distributed import Agreement, World, close_world, init_world, mean_over_ranks
 from dense_ssl.fingerprint import weights_sha256
@@ -140,6 +141,10 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
             folder, done, last_step, run_cfg.log, name=f"{config.method.name}-{folder.name}"
         )
 
+    writer = CheckpointWriter(
+        folder / "checkpoints", run_cfg.keep_checkpoints, run_cfg.keep_every_steps
+    )
+
     def save(step: int) -> None:
         if world.rank == 0:
             checkpoint.require_finite(method.student.parameters(), step)
@@ -153,9 +158,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
                 "scaler": scaler.state_dict(),
                 "meter": meter.state_dict(),
             }
-            checkpoint.save(
-                folder / "checkpoints", payload, run_cfg.keep_checkpoints, run_cfg.keep_every_steps
-            )
+            writer.save(payload)
 
     # --- loop --------------------------------------------------------------------------------------
     loader = make_loader(config.data, views, order, world.device, source)
@@ -225,7 +228,9 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
                     saved_at = done
             if stopping:
                 break
+        writer.wait()
     finally:
+        writer.close()
         agreement.settle()
         loader.close()
         if log is not None:
