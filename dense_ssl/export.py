@@ -11,7 +11,9 @@
 | official    | official_moco.pth.tar, and so on       | the authors' code: encoders and queues           |
 | all         | each of these that the network has     |                                                  |
 
-The check compares feature maps of one fixed input bit for bit. A .json beside each says what it holds.
+The check compares feature maps of one fixed input bit for bit. A .json beside each says what it holds, and
+how timm is to build it: a ViT with two class tokens by `reg_tokens=1`. Only when named: `one_token`,
+`second_token`, `no_token`, the same trunk with fewer class tokens, which is not the same network any more.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from dense_ssl import plain_pickle
 from dense_ssl.backbones import Backbone, BackboneConfig, make_backbone
 from dense_ssl.checkpoint import FORMAT, file_sha256, write_atomically
 from dense_ssl.config import UserError
+from dense_ssl.fewer_tokens import FEWER, fewer_tokens, timm_options
 from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.layouts import extract_backbone, listed, to_detectron2
 from dense_ssl.official import OFFICIAL_METHODS, from_official, layout_name, to_official
@@ -47,7 +50,7 @@ from dense_ssl.pretrained import (
     read_checkpoint,
 )
 
-TARGETS = ("timm", "torchvision", "safetensors", "detectron2", "official")
+TARGETS = ("timm", "torchvision", "safetensors", "detectron2", "official", *FEWER)
 _IN_TORCHVISION = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "wide_resnet50_2", "wide_resnet101_2", "resnext50_32x4d",
@@ -60,7 +63,14 @@ class Exported:
 
     path: Path
     check: str  # what was compared with what, in one line
-    max_abs_diff: float  # of the feature maps; 0.0, or the file would not exist
+    max_abs_diff: (
+        float  # of the feature maps; 0.0, or the file would not exist, or has fewer tokens
+    )
+
+    @property
+    def equal(self) -> bool:
+        """Whether it is the same network."""
+        return self.max_abs_diff == 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +104,11 @@ class Source:
         own = self.checkpoint.get("format") == FORMAT
         return method_name(self.checkpoint) if own else None
 
+    @property
+    def class_tokens(self) -> int:
+        """How many class tokens a ViT has."""
+        return self.loaded.config.class_tokens
+
 
 def export(spec: str, targets: Sequence[str], out: Path) -> list[Exported]:
     """Write the backbone of a run or checkpoint for each target; return the checked files.
@@ -116,15 +131,20 @@ def export(spec: str, targets: Sequence[str], out: Path) -> list[Exported]:
                     draft = Path(aside) / name
                     _write(draft, data)
                     described, network = check(draft, source)
-                    diff = float((_features(network, source.side) - expected).abs().max())
-                    if diff != 0.0 or _trunk_sha256(network) != source.loaded.sha256:
+                    found = _features(network, source.side)
+                    # With fewer tokens only cells can be compared, and they do differ.
+                    shared = slice(source.class_tokens if target in FEWER else 0, None)
+                    found = found[:, -expected[:, shared].shape[1] :]
+                    diff = float((found - expected[:, shared]).abs().max())
+                    same = diff == 0.0 and _trunk_sha256(network) == source.loaded.sha256
+                    if not same and target not in FEWER:
                         raise UserError(
                             f"{out / name}: not kept, {described} has other weights or gives features "
                             f"that differ (by {diff:.3g})"
                         )
                     draft.replace(out / name)
                     done.append(Exported(out / name, described, diff))
-                    _describe(done[-1], spec, source)
+                    _describe(done[-1], target, spec, source)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
     return done
@@ -136,7 +156,8 @@ def _chosen(targets: Sequence[str], source: Source) -> list[str]:
     if unknown or not targets:
         raise UserError(f"TO={','.join(targets)}: choose from {', '.join(TARGETS)}, all")
     if "all" in targets:
-        return [t for t in TARGETS if t != "safetensors" and _obstacle(t, source) is None]
+        left_out = ("safetensors", *FEWER)
+        return [t for t in TARGETS if t not in left_out and _obstacle(t, source) is None]
     for target in targets:
         problem = _obstacle(target, source)
         if problem:
@@ -152,6 +173,8 @@ def _obstacle(target: str, source: Source) -> str | None:
         return f"torchvision has no {source.arch}; take timm"
     if target in ("detectron2", "official") and not resnet:
         return f"that layout holds ResNets only, and this is {source.arch}; take timm"
+    if target in FEWER and source.class_tokens == 1:
+        return f"{source.arch} has no second class token to do without; take timm"
     if target == "official" and source.method not in OFFICIAL_METHODS:
         known = ", ".join(OFFICIAL_METHODS)
         return f"only checkpoints of this project's {known} runs hold such a training state"
@@ -168,6 +191,8 @@ def _files(target: str, source: Source) -> list[tuple[str, bytes, Check]]:
         return [("backbone_detectron2.pkl", data, _check_detectron2)]
     if target == "official":
         return [_official_file(source)]
+    if target in FEWER:
+        return [_fewer_tokens_file(target, source)]
     check = _check_torchvision if target == "torchvision" else _check_timm
     name = "backbone_torchvision" if target == "torchvision" else "backbone_timm"
     described = {"arch": source.arch, "weights_sha256": source.loaded.sha256}
@@ -188,14 +213,30 @@ def _official_file(source: Source) -> tuple[str, bytes, Check]:
     return "official_densecl.pth", _saved({"meta": meta, "state_dict": state}), _check_official
 
 
+def _fewer_tokens_file(target: str, source: Source) -> tuple[str, bytes, Check]:
+    """Return a trunk with fewer class tokens, and a check that timm has exactly its weights."""
+    state = fewer_tokens(source.trunk, target)
+    options = timm_options(target, source.class_tokens)
+
+    def check(path: Path, source: Source) -> tuple[str, nn.Module]:
+        plain = _plain_timm(source, _read_written(path), options)
+        if weights_sha256(plain.state_dict()) != weights_sha256(state):
+            raise UserError(f"{path.name}: not kept, it does not read back to its own weights")
+        return f"NOT the same network; timm {timm.__version__} {source.arch}, strict", plain
+
+    return f"backbone_timm_{target}.pth", _saved(state), check
+
+
 def _read_written(path: Path) -> dict[str, Any]:
     """Return what was just written, from the disk."""
     return read_checkpoint(path)
 
 
 def _check_timm(path: Path, source: Source) -> tuple[str, nn.Module]:
-    plain = _plain_timm(source, _read_written(path))
-    return f"timm {timm.__version__} {source.arch}, strict", plain
+    options = timm_options("timm", source.class_tokens)
+    plain = _plain_timm(source, _read_written(path), options)
+    told = "".join(f" {name}={value}" for name, value in options.items())
+    return f"timm {timm.__version__} {source.arch}{told}, strict", plain
 
 
 def _check_torchvision(path: Path, source: Source) -> tuple[str, nn.Module]:
@@ -224,8 +265,10 @@ def _check_official(path: Path, source: Source) -> tuple[str, nn.Module]:
     return f"read back to all {len(state)} tensors of the run; trunk in timm, strict", plain
 
 
-def _plain_timm(source: Source, state: Mapping[str, Tensor]) -> nn.Module:
-    plain = timm.create_model(source.arch, pretrained=False, num_classes=0)
+def _plain_timm(
+    source: Source, state: Mapping[str, Tensor], options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    plain = timm.create_model(source.arch, pretrained=False, num_classes=0, **(options or {}))
     plain.load_state_dict(state, strict=True)
     return plain
 
@@ -276,7 +319,7 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _describe(exported: Exported, spec: str, source: Source) -> None:
+def _describe(exported: Exported, target: str, spec: str, source: Source) -> None:
     """Write the .json beside an exported file."""
     record = {
         "file": exported.path.name,
@@ -286,9 +329,11 @@ def _describe(exported: Exported, spec: str, source: Source) -> None:
         "step": source.checkpoint.get("step") if source.method else None,
         "network": source.part,
         "architecture": source.arch,
+        "timm_options": timm_options(target, source.class_tokens),
         "weights_sha256": source.loaded.sha256,
         "normalisation": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
         "check": exported.check,
+        "equivalent": exported.equal,
         "max_abs_diff": exported.max_abs_diff,
     }
     text = json.dumps(record, indent=2) + "\n"
@@ -310,7 +355,8 @@ def main(argv: list[str]) -> int:
         out = args.out or Path(args.run) / "export"
         for file in export(args.run, args.to.split(","), out):
             size = file.path.stat().st_size / 1e6
-            sys.stdout.write(f"{file.path}  {size:.1f} MB  outputs equal ({file.check})\n")
+            outputs = "outputs equal" if file.equal else f"cells differ by {file.max_abs_diff:.2g}"
+            sys.stdout.write(f"{file.path}  {size:.1f} MB  {outputs} ({file.check})\n")
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -222,3 +222,74 @@ def test_the_command_line(run, tmp_path, capsys):
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def two_tokens(tmp_path_factory):
+    """A run of a ViT with two class tokens that are not where they started, nor alike."""
+    run = make_run(
+        tmp_path_factory.mktemp("two"), MoCoConfig, "vit_tiny_patch16_224", class_tokens=2
+    )
+    files = export(str(run), ["timm", "one_token", "second_token", "no_token"], run / "out")
+    return run, {file.path.name: file for file in files}
+
+
+def test_two_class_tokens_load_in_plain_timm_with_equal_outputs(two_tokens):
+    run, files = two_tokens
+    name = "backbone_timm.safetensors"
+    assert files[name].equal
+    assert "reg_tokens=1" in files[name].check
+    record = json.loads((run / "out" / f"{name}.json").read_text())
+    assert record["timm_options"] == {"reg_tokens": 1}
+    assert record["equivalent"] is True
+    options = record["timm_options"]
+    plain = timm.create_model(record["architecture"], num_classes=0, **options).eval()
+    plain.load_state_dict(load_file(run / "out" / name), strict=True)
+    images = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        features = load_backbone(str(run)).backbone(images)
+        tokens = plain.forward_features(images)
+    assert torch.equal(tokens[:, :2], features.cls)
+    assert torch.equal(tokens[:, 2:], features.dense)
+    assert (
+        load_backbone(f"{run / 'out' / name}?arch={record['architecture']}").config.class_tokens
+        == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "kept", "options"),
+    [
+        ("one_token", 0, {}),
+        ("second_token", 1, {}),
+        ("no_token", None, {"class_token": False, "global_pool": ""}),
+    ],
+)
+def test_fewer_class_tokens_are_said_to_be_another_network(two_tokens, target, kept, options):
+    run, files = two_tokens
+    name = f"backbone_timm_{target}.pth"
+    assert not files[name].equal
+    assert "NOT the same network" in files[name].check
+    record = json.loads((run / "out" / f"{name}.json").read_text())
+    assert record["equivalent"] is False and record["max_abs_diff"] > 1e-4
+    assert record["timm_options"] == options
+    state = torch.load(run / "out" / name, weights_only=True)
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options).eval()
+    plain.load_state_dict(state, strict=True)
+    # What is left is what the full network makes of the tokens that are left.
+    full = load_backbone(str(run)).backbone
+    images = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        tokens = full.place(full.embed(images))
+        rest = tokens[:, [*([] if kept is None else [kept]), *range(2, 198)]]
+        want = full.run_blocks(rest)[1]
+        torch.testing.assert_close(plain.forward_features(images), want, rtol=1e-5, atol=1e-5)
+
+
+def test_files_with_fewer_tokens_are_written_only_when_named_and_only_of_two(
+    two_tokens, run, tmp_path
+):
+    files = export(str(two_tokens[0]), ["all"], tmp_path / "all")
+    assert {file.path.stem for file in files} == {"backbone_timm"}
+    with pytest.raises(UserError, match="resnet18 has no second class token"):
+        export(str(run), ["one_token"], tmp_path / "out")
