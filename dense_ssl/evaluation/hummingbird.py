@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from dense_ssl.evaluation.knn import neighbours
 from dense_ssl.evaluation.metrics import confusion, segmentation_scores
 from dense_ssl.evaluation.segment_data import (
     LabelledImage,
+    Labels,
     SegmentData,
     open_segmentation,
     read_image,
@@ -57,7 +58,10 @@ class Config(BaseConfig):
 
     size: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = (512, 512)
     # (height, width) of the input in pixels; `size=256` and `size=192,256` are understood
-    labels: Literal["category", "supercategory"] = "category"  # COCO only
+    labels: Labels = "category"  # COCO only
+    train_split: str | None = (
+        None  # of VOC: `train`, or `trainaug`, which is taken where it is there
+    )
     k: Annotated[int, Field(ge=1)] = 30  # the paper's
     temperature: Annotated[float, Field(gt=0)] = 0.02  # the paper's
     memory_size: Annotated[int, Field(ge=1)] | None = 1_024_000  # cells; None: all
@@ -88,7 +92,9 @@ def load(path: Path, config: Config) -> SegmentData:
     Raises:
         UserError: it is none of them, or nothing in it is usable.
     """
-    data = open_segmentation(path, config.labels, config.max_train, config.max_val)
+    data = open_segmentation(
+        path, config.labels, config.max_train, config.max_val, config.train_split
+    )
     return replace(data, protocol=PROTOCOL)
 
 

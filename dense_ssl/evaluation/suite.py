@@ -25,6 +25,7 @@ from dense_ssl.evaluation import (
     knn,
     linear,
     results,
+    retrieve,
     segment,
     semi_supervised,
     svm,
@@ -76,6 +77,9 @@ TASKS: dict[str, Task] = {
     ),
     "hummingbird": Task(
         hummingbird.Config, hummingbird.load, hummingbird.run, hummingbird.pictures
+    ),
+    "retrieve": Task(
+        retrieve.Config, retrieve.load, retrieve.run, retrieve.pictures, needs=("sklearn",)
     ),
     "svm": Task(svm.Config, svm.load, svm.run, needs=("sklearn",)),
 }

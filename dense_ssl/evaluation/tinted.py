@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from dense_ssl.evaluation.segment_data import VOID, LabelledImage
-from dense_ssl.sheets import crop_colour, stacked, tiles_sheet
+from dense_ssl.sheets import beside, crop_colour, stacked, tiles_sheet
 
 _TILE_PX, _SWATCH_PX = 220, 110
 _STRENGTH = 0.55  # of the tint
@@ -60,7 +60,7 @@ def class_sheet(
     clear = classes[0] == "background"
     first = int(not clear)  # the number that the first class is drawn as
     colours = label_colours(len(classes) - int(clear))
-    names, tiles = [], []
+    triples = []
     occurring: set[int] = set()
     for image, said, truth in rows:
         with Image.open(image.path) as opened:
@@ -68,14 +68,15 @@ def class_sheet(
         maps = [np.where(labels == VOID, VOID, labels + first) for labels in (said, truth)]
         maps = [labels.astype(np.uint8) for labels in maps]
         occurring.update(*(np.unique(labels).tolist() for labels in maps))
-        tiles += [pixels, *(tinted(pixels, labels, colours) for labels in maps)]
-        names += [image.path.stem[:24], "predicted", "truth"]
+        tiles = [pixels, *(tinted(pixels, labels, colours) for labels in maps)]
+        triples.append(tiles_sheet([image.path.stem[:24], "predicted", "truth"], tiles, _TILE_PX))
     swatches = [
         (classes[number - first], np.full((12, 36, 3), colours[number], np.uint8))
         for number in sorted(occurring - {0, VOID})
     ]
     legend = tiles_sheet([name for name, _ in swatches], [tile for _, tile in swatches], _SWATCH_PX)
-    return stacked([tiles_sheet(names, tiles, _TILE_PX), legend], title)
+    pairs = [beside(triples[i : i + 2]) for i in range(0, len(triples), 2)]
+    return stacked([*pairs, legend], title)
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:
