@@ -7,6 +7,7 @@
     correspondence   which cells of two views are matched
     attention        where the class token looks, head by head (ResNets: the pooled feature)
     pca              the cells' first three principal components as colours
+    neighbours       images and the ones most like them by pooled feature
 
 The images are the first of the run's first batch (or of another epoch), in the colours training gave
 them. Correspondence: DenseCL's matching (arXiv:2011.09157, section 3.3) between the student's cells of
@@ -49,8 +50,9 @@ from dense_ssl.visualise_features import (
     whole_image,
     with_hidden,
 )
+from dense_ssl.visualise_neighbours import POOL, neighbour_rows
 
-KINDS = ("crops", "masks", "correspondence", "attention", "pca")
+KINDS = ("crops", "masks", "correspondence", "attention", "pca", "neighbours")
 WHOLE_PX = 320  # shorter side of whole images, for attention and pca
 SIMILARITY = 0.9  # of matches worth a line: the authors' own picture (densecl.md 7.5)
 
@@ -82,7 +84,8 @@ def draw(run: Path, kind: str, out: Path, count: int, epoch: int, size: int | No
         count: images on the sheet, one below another.
         epoch: whose crops and colours.
         size: side of the first view in pixels, others in proportion; None: as trained. For
-            attention and pca the shorter side of the whole image; None: 320.
+            attention and pca the shorter side of the whole image; None: 320. For neighbours the side
+            of centre crops; None: as trained.
 
     Raises:
         UserError: the run or its data cannot be read, or `out` cannot be written.
@@ -90,6 +93,9 @@ def draw(run: Path, kind: str, out: Path, count: int, epoch: int, size: int | No
     if kind not in KINDS:
         raise UserError(f"KIND={kind}: choose from {', '.join(KINDS)}")
     config = _config_of(run)
+    if kind == "neighbours":
+        _save(_neighbour_sheet(run, config, count, epoch, size), out)
+        return
     whole = kind in ("attention", "pca")
     sample = _sample(config, count, epoch, None if whole else size)
     if kind == "crops":
@@ -293,6 +299,19 @@ def _feature_rows(
             names, heads = ["all heads", *names], [heated(pixels, maps.mean(0)), *heads]
         rows.append(tiles_sheet(["image", *names], [pixels, *heads]))
     return rows
+
+
+def _neighbour_sheet(
+    run: Path, config: dict[str, Any], count: int, epoch: int, size: int | None
+) -> Image.Image:
+    """Draw the first images of an epoch, each beside the ones most like it among more of them."""
+    source = open_source(validate(DataConfig, config["data"], "config.yaml"))
+    total = len(source.sizes)
+    pool = Order(total, min(POOL, total), seed=config["seed"]).batches(epoch)[0].tolist()
+    side = size or _method_config(config["method"]).views[0].size
+    rows = neighbour_rows(load_backbone(str(run)).backbone, source, pool, count, side)
+    name = config["method"]["name"]
+    return stacked(rows, f"{name}, {run.name}, epoch {epoch}: neighbours among {len(pool)} images")
 
 
 def _save(sheet: Image.Image, out: Path) -> None:
