@@ -1,15 +1,17 @@
 """`make pretrain`: training on the user's data, or, with no data at all, the whole way on rendered scenes.
 
     python -m dense_ssl.start densecl --data shards/coco --run runs/a --gpus 8 optim.lr=0.3
+    python -m dense_ssl.start densecl --data shards/coco --eval knn,linear --eval-data /data/imagenet
     python -m dense_ssl.start densecl
 
-The second renders scenes, writes shards, trains the demo recipe (the full one where a CUDA GPU is),
+The last renders scenes, writes shards, trains the demo recipe (the full one where a CUDA GPU is),
 evaluates it beside the same network at random initialisation, and leaves a report. Every stage is a command
 of its own, shown as it is run.
 """
 
 import argparse
 import importlib.util
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import torch
 
 from dense_ssl import checkpoint, pretrain
 from dense_ssl.config import UserError
+from dense_ssl.evaluation.suite import configs_of, data_paths, task_names
 from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.log import duration
 
@@ -44,23 +47,62 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", help="a shard set, or a folder of images with data.loader=folder")
     parser.add_argument("--run", type=Path, help="the run's folder (default runs/METHOD)")
     parser.add_argument("--gpus", type=int, help="ranks (default: all CUDA GPUs, else one)")
+    parser.add_argument("--eval", metavar="TASK[,TASK]", help="evaluate the run when it is done")
+    parser.add_argument(
+        "--eval-data", help="of the evaluation: a folder, or knn=FOLDER,... (--data)"
+    )
+    parser.add_argument("--eval-args", default="", help="of the evaluation: 'knn.size=96 ...'")
     args = parser.parse_intermixed_args(argv)
     ranks = args.gpus or max(torch.cuda.device_count(), 1)
     try:
         pretrain.recipe_path(args.method)
-        if args.data is not None:
-            run = args.run or Path("runs") / args.method.replace("/", "-")
-            given = [f"data.path={args.data}", f"run.dir={run}"]
-            return pretrain.main([args.method, *given, *args.overrides, "--gpus", str(ranks)])
-        return demo(args.method, args.run, ranks, args.overrides)
+        if args.data is None:
+            tasks = args.eval or "segment,knn"
+            evaluation = [tasks, args.eval_data or "", *shlex.split(args.eval_args)]
+            return demo(args.method, args.run, ranks, args.overrides, evaluation)
+        run = args.run or Path("runs") / args.method.replace("/", "-")
+        settings = shlex.split(args.eval_args)
+        where = args.eval_data or args.data
+        if args.eval:
+            check_evaluation(args.eval, where, settings)
+        given = [f"data.path={args.data}", f"run.dir={run}"]
+        code = pretrain.main([args.method, *given, *args.overrides, "--gpus", str(ranks)])
+        if code != pretrain.DONE or not args.eval:
+            return code
+        chosen = [args.eval, "--checkpoint", str(run), "--data", where, *settings]
+        return run_stage("dense_ssl.evaluation", chosen)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return pretrain.WRONG_INPUT
 
 
-def demo(method: str, run: Path | None, ranks: int, overrides: list[str]) -> int:
-    """Go the whole way from rendered scenes to a report."""
+def check_evaluation(tasks: str, data: str, settings: list[str]) -> None:
+    """Refuse a wrong task, folder or setting before days of training, not after.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    names = task_names(tasks)
+    data_paths(names, data)
+    configs_of(names, settings)
+
+
+def demo(
+    method: str, run: Path | None, ranks: int, overrides: list[str], evaluation: list[str]
+) -> int:
+    """Go the whole way from rendered scenes to a report.
+
+    `evaluation` is its tasks, its data ("" for the scenes), and its settings.
+    """
     started = time.monotonic()
+    tasks, data, *settings = evaluation
+    names = task_names(tasks)
+    if data:
+        data_paths(names, data)
+    # What is given comes after what suits two cores, so that it wins.
+    small = [text for text in SMALL_EVALUATION if text.partition(".")[0] in names]
+    settings = [*small, *settings]
+    configs_of(names, settings)
     recipe = choose_recipe(method)
     run = run or Path("runs") / recipe.replace("/", "-")
     loader = available_loader()
@@ -68,13 +110,13 @@ def demo(method: str, run: Path | None, ranks: int, overrides: list[str]) -> int
         f"no DATA given: {SCENES} rendered scenes, recipe configs/{recipe}.yaml, loader {loader}.\n"
         f"{other_recipe(method, recipe)}"
     )
-    trained = ["--checkpoint", str(run), "--data", str(SOURCE)]
+    trained = ["--checkpoint", str(run), "--data", data or str(SOURCE)]
     stages = [
         ("dataprep", "scenes", "--src", str(SOURCE), "--out", str(SHARDS), "--split", "train2017",
          "--format", "both", "--count", str(SCENES)),
         ("dense_ssl.pretrain", recipe, f"data.path={SHARDS}", f"data.loader={loader}", f"run.dir={run}",
          *overrides, "--gpus", str(ranks)),
-        ("dense_ssl.evaluation", "segment,knn", *trained, "--out", str(run), *SMALL_EVALUATION),
+        ("dense_ssl.evaluation", tasks, *trained, "--out", str(run), *settings),
         ("dense_ssl.visualise", "--run", str(run), "--kind", "crops"),
         ("dense_ssl.report", str(run)),
     ]  # fmt: skip

@@ -36,11 +36,49 @@ def test_with_data_it_is_the_trainer(monkeypatch):
     ]
 
 
+def test_an_evaluation_follows_the_training_and_is_checked_before(monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr(start.pretrain, "main", lambda argv: seen.append("training") or code)
+    monkeypatch.setattr(start, "run_stage", lambda *stage: seen.append(stage) or 0)
+    given = ["moco", "--data", str(tmp_path), "--run", "runs/a", "--eval", "knn,linear"]
+    code = 0
+    assert start.main([*given, "--eval-args", "linear.epochs=3 size=96"]) == 0
+    assert seen[1] == (
+        "dense_ssl.evaluation",
+        ["knn,linear", "--checkpoint", "runs/a", "--data", str(tmp_path), "linear.epochs=3", "size=96"],
+    )  # fmt: skip
+    code = 75
+    seen.clear()
+    assert start.main(given) == 75 and seen == ["training"]
+    seen.clear()
+    for wrong, sentence in (
+        (["--eval", "knnn"], "no task 'knnn'"),
+        (["--eval-data", str(tmp_path / "none")], "no such data folder"),
+        (["--eval-args", "k=0"], "greater than or equal to 1"),
+    ):
+        assert start.main([*given, *wrong]) == 2 and not seen
+        assert sentence in capsys.readouterr().err
+
+
+def test_the_demo_evaluates_what_is_asked_for(monkeypatch, tmp_path):
+    stages = []
+    monkeypatch.setattr(
+        start, "run_stage", lambda module, given: stages.append([module, *given]) or 0
+    )
+    monkeypatch.setattr(start.checkpoint, "load_newest", lambda _: {"method": {}})
+    asked = ["--eval", "knn", "--eval-data", str(tmp_path), "--eval-args", "knn.size=64"]
+    assert start.main(["demo/densecl", "--run", "runs/x", *asked]) == 0
+    (evaluation,) = [stage for stage in stages if stage[0] == "dense_ssl.evaluation"]
+    assert evaluation[1:5] == ["knn", "--checkpoint", "runs/x", "--data"]
+    assert evaluation[5] == str(tmp_path) and evaluation[-1] == "knn.size=64"
+    assert not any("segment" in text for text in evaluation)
+
+
 def test_a_failing_stage_ends_the_way_with_its_code(monkeypatch):
     codes = iter([0, 2])
     stages = []
     monkeypatch.setattr(start, "run_stage", lambda module, _: stages.append(module) or next(codes))
-    assert start.demo("demo/densecl", None, 1, []) == 2
+    assert start.demo("demo/densecl", None, 1, [], ["knn", ""]) == 2
     assert stages == ["dataprep", "dense_ssl.pretrain"]
 
 
