@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from dense_ssl import checkpoint
 from dense_ssl.backbones import Backbone, Features
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
@@ -32,16 +33,21 @@ from dense_ssl.evaluation.features import (
     content_key,
     extract,
     in_order,
+    thinned,
 )
 from dense_ssl.evaluation.metrics import confusion, segmentation_scores
 from dense_ssl.evaluation.segment_data import (
+    PROTOCOL,
     VOID,
     LabelledImage,
+    Labels,
     SegmentData,
     open_segmentation,
     read_image,
 )
+from dense_ssl.evaluation.tinted import class_sheet
 
+_DRAWN = 4  # images in the picture
 _LABEL_STRIDE = 8  # training labels: one per this many input pixels
 
 
@@ -50,9 +56,7 @@ class Config(BaseConfig):
 
     size: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = (256, 256)
     # (height, width) of the input in pixels; `size=256` and `size=192,256` are understood
-    labels: Literal["category", "supercategory"] = (
-        "category"  # COCO only; 80 classes need many images
-    )
+    labels: Labels = "category"  # COCO only; 80 classes need many images
     steps: Annotated[int, Field(ge=1)] = 1000
     batch_size: Annotated[int, Field(ge=1)] = 16
     lr: Annotated[float, Field(gt=0)] = 3e-2  # cosine to zero
@@ -71,10 +75,10 @@ class Config(BaseConfig):
 
 
 def load(path: Path, config: Config) -> SegmentData:
-    """Return the data at `path`, in COCO's or CamVid's layout.
+    """Return the data at `path`, in COCO's layout or one that `segment_layouts` lists.
 
     Raises:
-        UserError: it is neither, or nothing in it is usable.
+        UserError: it is none of them, or nothing in it is usable.
     """
     return open_segmentation(path, config.labels, config.max_train, config.max_val)
 
@@ -83,9 +87,44 @@ def run(
     backbone: Backbone, data: SegmentData, config: Config, cache: FeatureCache | None = None
 ) -> dict[str, float]:
     """Return `mIoU`, `aAcc`, `mAcc` in percent, and `chance/...`: the commonest class everywhere."""
+    probe, commonest = _fitted(backbone, data, config, cache)
+    classes = len(data.classes)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    for _, said, truth in _answers(backbone, probe, data, config, cache):
+        matrix += confusion(truth, said, classes)
+    if not matrix.any():
+        raise UserError("val: every pixel is void")
+    chance = torch.zeros_like(matrix)
+    chance[:, commonest] = matrix.sum(1)
+    by_chance = segmentation_scores(chance)
+    return segmentation_scores(matrix) | {f"chance/{name}": v for name, v in by_chance.items()}
+
+
+def pictures(
+    backbone: Backbone, data: SegmentData, config: Config, cache: FeatureCache | None = None
+) -> dict[str, Image.Image]:
+    """Return predictions beside the truth for a few images; features come from the cache."""
+    probe, _ = _fitted(backbone, data, config, cache)
+    rows = [
+        (image, said.to(torch.uint8).numpy(), truth.numpy())
+        for image, said, truth in _answers(backbone, probe, data, config, cache, limit=_DRAWN)
+    ]
+    return {"predictions": class_sheet(rows, data.classes, data.protocol)}
+
+
+def _fitted(
+    backbone: Backbone, data: SegmentData, config: Config, cache: FeatureCache | None
+) -> tuple["Probe", int]:
+    """The trained probe, kept beside the features, and the class of most training pixels."""
     check_size(config.size, backbone.stride)
+    device = next(backbone.parameters()).device
+    key = content_key("probe", PROTOCOL, data.content, config.model_dump_json(), device.type)
+    folder = cache.job(key) if cache else None
+    grid = (config.size[0] // backbone.stride, config.size[1] // backbone.stride)
+    saved = checkpoint.load_newest(folder) if folder else None
+    if saved is not None:
+        return Probe(grid, *(part.to(device) for part in saved["probe"])), saved["commonest"]
     train = _cells(backbone, data, data.train, "train", config, cache)
-    val = _cells(backbone, data, data.val, "val", config, cache)
     rows, columns = (side // _LABEL_STRIDE for side in config.size)
     kept = [data.train[i] for i in train.kept.tolist()]
     labels = torch.stack(list(in_order(lambda image: _small_labels(image, rows, columns), kept)))
@@ -93,21 +132,33 @@ def run(
     frequencies = torch.bincount(labels.flatten().long(), minlength=256)[:classes]
     if not frequencies.any():
         raise UserError("train: every pixel is void")
-    device = next(backbone.parameters()).device
-    grid = (config.size[0] // backbone.stride, config.size[1] // backbone.stride)
     probe = fit_probe(train.features, labels, grid, classes, config, device)
-    matrix = torch.zeros(classes, classes, dtype=torch.int64)
-    truths = in_order(lambda i: torch.from_numpy(data.val[i].read_labels()), val.kept.tolist(), 16)
-    with torch.inference_mode(), _threads_for(0):
-        for cells, truth in zip(val.features, truths):
-            scores = probe.scores(cells[None].to(device), truth.shape)
-            matrix += confusion(truth, scores[0].max(0).indices, classes)
-    if not matrix.any():
-        raise UserError("val: every pixel is void")
-    chance = torch.zeros_like(matrix)
-    chance[:, frequencies.argmax()] = matrix.sum(1)
-    by_chance = segmentation_scores(chance)
-    return segmentation_scores(matrix) | {f"chance/{name}": v for name, v in by_chance.items()}
+    commonest = int(frequencies.argmax())
+    if folder:
+        state = {"probe": [probe.mean, probe.scale, probe.weight, probe.bias]}
+        checkpoint.save(folder, {"step": config.steps, "commonest": commonest, **state}, keep=1)
+    return probe, commonest
+
+
+def _answers(
+    backbone: Backbone,
+    probe: "Probe",
+    data: SegmentData,
+    config: Config,
+    cache: FeatureCache | None,
+    limit: int | None = None,
+) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
+    """Validation images, at most `limit`, with their predicted and their true classes [H, W]."""
+    device = next(backbone.parameters()).device
+    val = _cells(backbone, data, data.val, "val", config, cache)
+    chosen = thinned(range(len(val.kept)), limit)
+    images = [data.val[int(val.kept[row])] for row in chosen]
+    truths = in_order(lambda image: torch.from_numpy(image.read_labels()), images, 16)
+    for row, image, truth in zip(chosen, images, truths):
+        with torch.inference_mode(), _threads_for(0):
+            scores = probe.scores(val.features[row][None].to(device), truth.shape)
+            said = scores[0].max(0).indices.cpu()
+        yield image, said, truth
 
 
 @dataclass(frozen=True, slots=True)

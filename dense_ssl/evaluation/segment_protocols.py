@@ -278,3 +278,12 @@ class FinetuneConfig(TrainedConfig):
             "test": "short", "precision": "bf16",
         })
     }  # fmt: skip
+
+
+CONFIGS: tuple[type[TrainedConfig], ...] = (
+    FcnConfig,
+    UperNetConfig,
+    FpnConfig,
+    FrozenConfig,
+    FinetuneConfig,
+)

@@ -51,6 +51,7 @@ class ResNetStages(nn.Module):
                 _set_block(block, stride if first else 1, dilation // 2 if halved else dilation)
         self.channels = _stage_channels(trunk)
         self.strides = (4, 8, 8 * strides[0], 8 * strides[0] * strides[1])
+        self.multiple = 1  # that the sides of an image must be of
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the maps of all stages of normalised images [B, 3, H, W], finest first."""
@@ -104,6 +105,7 @@ class ViTLevels(nn.Module):
         self.blocks = tap_blocks(len(trunk.blocks), evenly)
         self.channels = (twin.dim,) * 4
         self.strides = (twin.stride,) * 4
+        self.multiple = twin.stride
         self._normed, self._class_tokens = normed, class_tokens
         if not normed:
             trunk.norm = nn.Identity()  # no parameter is left without a gradient
@@ -125,7 +127,7 @@ class Pyramid(nn.Module):
     def __init__(self, levels: ViTLevels) -> None:
         super().__init__()
         self.levels = levels
-        self.channels = levels.channels
+        self.channels, self.multiple = levels.channels, levels.multiple
         stride = levels.strides[0]
         self.strides = (stride // 4, stride // 2, stride, stride * 2)
         D = levels.channels[0]
@@ -155,6 +157,7 @@ class Cells(nn.Module):
             twin = _twin(backbone)
         self.backbone = twin
         self.channels, self.strides = (twin.dim,), (twin.stride,)
+        self.multiple = twin.stride
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map [B, D, h, w] of normalised images."""

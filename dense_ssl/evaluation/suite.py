@@ -27,12 +27,14 @@ from dense_ssl.evaluation import (
     results,
     retrieve,
     segment,
+    segment_train,
     semi_supervised,
     svm,
 )
 from dense_ssl.evaluation.features import FeatureCache, content_key
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.results import Result
+from dense_ssl.evaluation.segment_protocols import CONFIGS as SEGMENT_CONFIGS
 from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.pretrained import Loaded, load_backbone
 
@@ -67,7 +69,21 @@ TASKS: dict[str, Task] = {
     "finetune": Task(
         finetune.Config, finetune.load, finetune.run, finetune.pictures, ranks=True, resumes=True
     ),
-    "segment": Task(segment.Config, segment.load, segment.run),
+    **dict.fromkeys(
+        ("segment", "segment-linear"),  # two names of one protocol
+        Task(segment.Config, segment.load, segment.run, segment.pictures),
+    ),
+    **{
+        config.task: Task(
+            config,
+            segment_train.load,
+            segment_train.run,
+            segment_train.pictures,
+            ranks=True,
+            resumes=True,
+        )
+        for config in SEGMENT_CONFIGS
+    },
     "correspondence": Task(
         correspondence.Config, correspondence.load, correspondence.run, correspondence.pictures
     ),
