@@ -12,6 +12,7 @@ from dense_ssl.config import UserError
 from dense_ssl.loaders.folder import cut_one
 from dense_ssl.methods import make_method
 from dense_ssl.methods.densecl import DenseCLConfig
+from dense_ssl.samples import shown
 from dense_ssl.sheets import (
     BACKGROUND,
     RIGHT,
@@ -24,7 +25,7 @@ from dense_ssl.sheets import (
     stacked,
 )
 from dense_ssl.views import ViewSpec
-from dense_ssl.visualise import draw, expected_cells, main, mutual_matches, shown
+from dense_ssl.visualise import draw, expected_cells, main, mutual_matches
 
 VIEWS = (
     ViewSpec(name="global", count=2, size=64, photometric="moco_v2"),
