@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dataprep.scenes import render
 from dataprep.synthetic import write_class_folders
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import results
+from dense_ssl.evaluation import results, suite
 from dense_ssl.evaluation.__main__ import main
 from dense_ssl.evaluation.suite import configs_of, data_paths, evaluate, task_names
 
@@ -24,8 +25,8 @@ def scenes(tmp_path_factory) -> Path:
 
 def test_arguments():
     assert task_names("knn,segment,knn") == ["knn", "segment"]
-    with pytest.raises(UserError, match="no task 'detect'; there are: knn, segment"):
-        task_names("knn,detect")
+    with pytest.raises(UserError, match="no task 'fly'; there are: knn, .*segment"):
+        task_names("knn,fly")
     configs = configs_of(["knn", "segment"], ["segment.size=64,96", "size=128", "k=5"])
     assert configs["knn"].size == 128 and configs["knn"].k == (5,)
     assert configs["segment"].size == (64, 96)
@@ -96,6 +97,47 @@ def test_trained_network_stands_beside_its_random_self(tmp_path):
     assert len(baselines.read_text().splitlines()) == 2  # other settings
     without = evaluate(*run, random=False, device="cpu")
     assert all(result.random_init is None for result in without)
+
+
+def test_pictures_notes_and_costs_are_kept(tmp_path):
+    write_class_folders(tmp_path / "d/train", classes=3, per_class=8, size=(40, 48))
+    write_class_folders(tmp_path / "d/val", classes=3, per_class=4, seed=1, size=(40, 48))
+    settings = ["size=32", "k=3", "linear.variant=cached", "linear.epochs=3", "lr=0.1,1"]
+    given = ["knn,linear", "--checkpoint", "random:test_resnet", "--data", str(tmp_path / "d")]
+    assert main([*given, "--out", str(tmp_path / "run"), "--device", "cpu", *settings]) == 0
+    assert sorted(path.name for path in (tmp_path / "run/eval").iterdir()) == [
+        "knn-confusion.png", "linear-confusion.png",
+    ]  # fmt: skip
+    with Image.open(tmp_path / "run/eval/linear-confusion.png") as sheet:
+        assert min(sheet.size) > 80
+    lines = [json.loads(line) for line in (tmp_path / "run/eval.jsonl").read_text().splitlines()]
+    linear = [line for line in lines if line["task"] == "linear"]
+    assert {line["metric"] for line in linear} == {"top1", "top5"}
+    for line in linear:
+        assert line["protocol"] == "linear-cached/v1" and line["settings"]["seed"] == 0
+        assert line["notes"]["lr"] in (0.1, 1) and line["seconds"] > 0 and line["memory_gb"] > 0.1
+
+
+def test_what_needs_more_than_is_here_is_refused_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(suite, "find_spec", lambda name: None)
+    given = ["--checkpoint", "random:resnet18", "--data", str(tmp_path)]
+    assert main(["svm", *given]) == 2
+    assert "svm: needs sklearn, not installed; run `make setup`" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["knn,svm", *given]) == 2
+    assert "svm: runs in one process; start it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["knn", "linear", "semi-supervised", "finetune", "svm"])
+def test_an_empty_folder_is_one_sentence(task, tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    given = [task, "--checkpoint", "random:test_resnet", "--data", str(tmp_path)]
+    assert main(given) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {tmp_path}") and captured.err.count("\n") == 1
+    assert "nothing usable" in captured.err or "no VOC2007" in captured.err
 
 
 def test_command_reports_mistakes_in_one_line(tmp_path, capsys):
