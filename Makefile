@@ -18,7 +18,7 @@ SEED   ?= 0
 KERNEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify pretrain eval export visualise report compare doctor bench bench-step bench-data test lint
+.PHONY: help setup shards verify preview pretrain eval export visualise report compare doctor bench bench-step bench-data test lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ shards: setup ## convert images to FFCV / DALI shards   DATASET=coco|imagenet|fo
 
 verify: setup ## re-check a shard set against its manifest   DATA=shards/coco
 	@$(PY) -m dataprep verify "$(DATA)" $(ARGS)
+
+preview: setup ## what a method will see of some data, before any training   METHOD=densecl DATA=shards/coco [OUT=preview.html ARGS="--images 8"]
+	@$(PY) -m dense_ssl.preview $(METHOD) --data "$(DATA)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 pretrain: setup ## pre-train, or resume the same RUN   METHOD=densecl [DATA= RUN= GPUS= ARGS="optim.lr=0.3 train.epochs=800"]
 	@$(PY) -m dense_ssl.start $(METHOD) $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
