@@ -48,7 +48,7 @@ def encoder_of(backbone: Backbone) -> Encoder:
         UserError: a ResNet that cannot be run at stride 8.
     """
     if isinstance(backbone, ResNetBackbone):
-        trunk = ThirdStage(backbone).eval()
+        trunk = ThirdStage(backbone)
         return Encoder(lambda images: trunk(images)[0], ThirdStage.stride, whole=False)
 
     def patches(images: Tensor) -> Tensor:

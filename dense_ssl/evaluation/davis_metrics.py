@@ -60,7 +60,7 @@ def within(mask: np.ndarray, radius: int) -> np.ndarray:
     counts = np.zeros((height, width + 2 * radius + 1), np.int32)  # of pixels left of each place
     np.cumsum(np.pad(mask, ((0, 0), (radius, radius))), axis=1, out=counts[:, 1:])
     out = np.zeros_like(mask)
-    for dy in range(radius + 1):
+    for dy in range(min(radius, height - 1) + 1):
         half = math.isqrt(radius**2 - dy**2)
         first, last = radius - half, radius + half + 1
         row = counts[:, last : last + width] > counts[:, first : first + width]

@@ -39,18 +39,30 @@ class ThirdStage(nn.Module):
     stride = 8
 
     def __init__(self, backbone: ResNetBackbone) -> None:
+        """Copy the stages of `backbone`, in eval mode.
+
+        Raises:
+            UserError: its stages are strided by other means than convolutions and a shortcut's pooling.
+        """
         super().__init__()
         trunk: Any = copy.deepcopy(backbone.trunk)
         trunk.layer4 = nn.Identity()
-        for module in trunk.layer3.modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
-            elif isinstance(module, nn.AvgPool2d):
-                raise UserError(
-                    f"{backbone.config.name}: pools between its stages, and cannot be run at stride 8; "
-                    "take a plain ResNet"
-                )
-        self.trunk: Any = trunk
+        for block in trunk.layer3:
+            for module in block.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
+            if isinstance(block.downsample, nn.Sequential) and isinstance(
+                block.downsample[0], nn.AvgPool2d
+            ):
+                block.downsample[0] = nn.Identity()  # as timm builds it where nothing is strided
+        if any(
+            getattr(module, "stride", 1) not in (1, (1, 1)) for module in trunk.layer3.modules()
+        ):
+            raise UserError(
+                f"{backbone.config.name}: its third stage does not run at stride {self.stride}; take a "
+                "plain ResNet"
+            )
+        self.trunk: Any = trunk.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the map [B, D, ceil(H / 8), ceil(W / 8)] of normalised images [B, 3, H, W]."""
