@@ -1,10 +1,12 @@
 """Evaluate a backbone: `python -m dense_ssl.evaluation TASK[,TASK] --checkpoint SPEC --data DATA`.
 
-Exit codes: 0 done, 2 the user's input is wrong.
+On several GPUs, for the tasks that can share their work: `torchrun --nproc-per-node 8 -m
+dense_ssl.evaluation linear ...`. Exit codes: 0 done, 2 the user's input is wrong.
 """
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     print(f"{args.checkpoint} (weights {found[0].weights[:12]}), percent\n")
     print(table(found))
     folder = args.out or Path(args.checkpoint)

@@ -160,7 +160,7 @@ def _evaluate(
         memory_gb = _peak_memory_gb(where)
         settings = config.model_dump(mode="json")
         omitted: Omissions = content.omitted
-        for line in omitted.lines():
+        for line in omitted.lines() if rank() == 0 else ():
             _log.warning("%s: left out of %s: %s", name, path, line)
         if out and task.pictures is not None:
             sheets = task.pictures(loaded.backbone, content, config, cache)
