@@ -55,9 +55,8 @@ class ThirdStage(nn.Module):
                 block.downsample[0], nn.AvgPool2d
             ):
                 block.downsample[0] = nn.Identity()  # as timm builds it where nothing is strided
-        if any(
-            getattr(module, "stride", 1) not in (1, (1, 1)) for module in trunk.layer3.modules()
-        ):
+        layers = [module for module in trunk.layer3.modules() if not len(list(module.children()))]
+        if any(getattr(layer, "stride", 1) not in (1, (1, 1)) for layer in layers):
             raise UserError(
                 f"{backbone.config.name}: its third stage does not run at stride {self.stride}; take a "
                 "plain ResNet"
