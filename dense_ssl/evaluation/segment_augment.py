@@ -56,7 +56,7 @@ def resized(image: np.ndarray, size: tuple[int, int], how: Resampling) -> np.nda
         return image
     if how == "antialiased":
         picture = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        return np.asarray(picture)
+        return np.array(picture)
     maps = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     maps = F.interpolate(maps, size=size, mode=how, align_corners=False)
     return maps[0].round().clamp(0, 255).permute(1, 2, 0).to(torch.uint8).numpy()
