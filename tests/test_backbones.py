@@ -147,3 +147,23 @@ def test_an_unknown_backbone_is_refused_with_names_that_exist():
         backbone(name="vit_medium_patch16_reg1_gap_256", positions="dino")
     with pytest.raises(UserError, match="dino is how ViTs start"):
         backbone(name="resnet18", init="dino")
+
+
+@pytest.mark.parametrize("positions", ["timm", "dino"])
+def test_two_class_tokens_have_positions_of_their_own_on_every_grid(positions):
+    net = backbone(
+        name="vit_tiny_patch16_224", init="dino", positions=positions, class_tokens=2
+    ).eval()  # fmt: skip
+    trunk = net.trunk
+    assert trunk.pos_embed.shape == (1, 198, 192)
+    assert trunk.reg_token.std().item() == pytest.approx(0.02, rel=0.2)
+    with torch.no_grad():
+        native = torch.randn(2, 3, 224, 224)
+        features = net(native)
+        want = trunk.forward_features(native)
+        torch.testing.assert_close(torch.cat([features.cls, features.dense], 1), want)
+        both = torch.cat([trunk.cls_token, trunk.reg_token], 1) + trunk.pos_embed[:, :2]
+        torch.testing.assert_close(net.place(torch.zeros(1, 6, 6, 192))[:, :2], both)
+        small = net(torch.randn(2, 3, 96, 64))
+    assert small.cls.shape == (2, 2, 192) and small.dense.shape == (2, 24, 192)
+    assert net.last_attention(torch.randn(1, 3, 64, 64)).shape == (1, 3, 2, 16)
