@@ -11,7 +11,7 @@ from dataprep.synthetic import write_jpeg
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
 from dense_ssl.distributed import close_world, init_world
-from dense_ssl.evaluation import finetune
+from dense_ssl.evaluation import finetune, knn, linear
 from dense_ssl.evaluation.classify_data import ClassifyData, LabelledPictures
 from dense_ssl.evaluation.features import FeatureCache
 from dense_ssl.evaluation.suite import configs_of
@@ -199,8 +199,19 @@ def _on_a_rank(rank, port, root, folder):
     cache = FeatureCache(folder / "features", "w")
     values = finetune.run(network(), data, config, cache)
     model = finetune._trained(network(), data, config, cache)
-    torch.save((values, model.state_dict(), data.omitted.lines()), folder / f"{rank}.pt")
+    frozen = _frozen(root, cache)
+    torch.save((values, model.state_dict(), data.omitted.lines(), frozen), folder / f"{rank}.pt")
     close_world(world)
+
+
+def _frozen(root, cache):
+    """What k-NN and the linear sweep say of the same network."""
+    few = knn.Config(size=32, k=(3,))
+    sweep = linear.Config(size=32, lr=(0.1, 3), epochs=3, batch_size=6, workers=0)
+    backbone = network().eval()
+    found = knn.run(backbone, knn.load(root, few), few, cache)
+    outcome = linear._outcome(backbone, linear.load(root, sweep), sweep, cache)
+    return found, outcome.scores, outcome.lr
 
 
 # Mixup pairs the images of a rank, and erasing is drawn by the rank: without them ranks change nothing.
@@ -225,11 +236,14 @@ def test_two_ranks_train_and_judge_as_one(halves, tmp_path):
         data = finetune.load(halves, config)
         alone = finetune._trained(network(), data, config, None).state_dict()
         values = finetune.run(network(), data, config)
+        found, scores, lr = _frozen(halves, None)
     finally:
         (halves / "val/060/broken.jpg").unlink()
     for rank in range(2):
-        theirs, state, omitted = torch.load(tmp_path / f"{rank}.pt")
+        theirs, state, omitted, frozen = torch.load(tmp_path / f"{rank}.pt")
         assert theirs == pytest.approx(values)
+        assert frozen[0] == pytest.approx(found) and frozen[2] == lr
+        torch.testing.assert_close(frozen[1], scores, rtol=1e-3, atol=1e-4)
         assert len(omitted) == 1 and omitted[0].startswith("val: image not readable: 1 (broken.jpg")
         for name, value in state.items():
             torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=2e-5)
