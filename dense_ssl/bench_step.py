@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
                 f"{', '.join(SEQUENCES)}"
             )
         if (
-            config.method.name not in ("moco", "densecl")
+            config.method.name not in ("moco", "densecl", "revisiting")
             and "vit" not in config.method.backbone.name
         ):
             raise UserError(
