@@ -195,13 +195,15 @@ def _set_block(block: Any, stride: int, dilation: int) -> None:
     for number, convolution in enumerate(convolutions):
         convolution.stride = (stride, stride) if number == 0 else (1, 1)
         convolution.dilation = convolution.padding = (dilation, dilation)
-    if block.downsample is not None:
-        if any(isinstance(m, nn.AvgPool2d) for m in block.downsample.modules()):
-            raise UserError(
-                "segment-fcn: this ResNet pools between its stages, and cannot be dilated as published; "
-                "take a plain one"
-            )
+    if block.downsample is None:
+        return
+    if not any(isinstance(m, nn.AvgPool2d) for m in block.downsample.modules()):
         block.downsample[0].stride = (stride, stride)
+    elif stride == 1:
+        raise UserError(
+            "segment-fcn: this ResNet pools between its stages, and cannot be dilated as published; "
+            "take a plain one"
+        )
 
 
 def _stage_channels(trunk: Any) -> tuple[int, ...]:
