@@ -10,7 +10,6 @@ to stride 16, the cells of a ViT/16.
 """
 
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, field_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -183,7 +184,7 @@ def _memory(
     device = next(network.parameters()).device
     settings = (config.size, config.memory_size, config.seed, network.stride, device.type)
     key = content_key(PROTOCOL, settings, data.content)
-    file = cache.job(key) / "memory.pt" if cache else None
+    file = cache.job(key) / "memory.safetensors" if cache else None
     memory = _stored(file)
     if memory is None:
         cells, labels = zip(*_training_cells(network, data, config), strict=True)
@@ -273,8 +274,8 @@ def _stored(file: Path | None) -> Memory | None:
     if file is None or not file.is_file():
         return None
     try:
-        return Memory(**torch.load(file, weights_only=True))
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError):
+        return Memory(**load_file(file))
+    except (OSError, SafetensorError, TypeError):
         return None  # computed again
 
 
@@ -284,7 +285,7 @@ def _keep(file: Path | None, memory: Memory) -> None:
     aside = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"cells": memory.cells, "labels": memory.labels}, aside)
+        save_file({"cells": memory.cells, "labels": memory.labels}, aside)
         aside.replace(file)
-    except (OSError, RuntimeError):  # a full disk costs the copy, not the evaluation
+    except (OSError, SafetensorError):  # a full disk costs the copy, not the evaluation
         aside.unlink(missing_ok=True)
