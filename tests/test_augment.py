@@ -278,6 +278,7 @@ def test_sigma_is_uniform():
 RECIPE = (
     ViewSpec(name="global", count=2, size=32, photometric=("dino_1", "dino_2")),
     ViewSpec(name="local", count=3, size=24, photometric="moco_v2"),
+    ViewSpec(name="query", count=2, size=24, photometric="moco_v2_autoaugment"),
 )
 
 
