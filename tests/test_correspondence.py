@@ -1,5 +1,7 @@
 """Matches between crops: where the boxes say, and what perfect, blind and noisy features score."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -133,12 +135,16 @@ def test_colours_make_it_harder_and_nothing_is_random(coordinates):
     data = correspondence.load(coordinates, config)
     values = [correspondence.run(Places("seen"), data, config, None) for _ in range(2)]
     assert values[0] == values[1] and values[0]["one-cell"] < 90
-    for wrong, message in (
-        ({"photometric": "moco_v3"}, "no photometric policy 'moco_v3'; did you mean moco_v"),
-        ({"scale": (0.9, 0.1)}, "scale of view 'pair' must satisfy"),
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        (
+            {"size": 64, "photometric": "moco_v3"},
+            "no photometric policy 'moco_v3'; did you mean moco_v",
+        ),
+        ({"size": 64, "scale": (0.9, 0.1)}, "scale of view 'pair' must satisfy"),
         ({"size": 60}, "size: 60 is not a multiple of the stride 8"),
-    ):
-        settings = correspondence.Config(**({"size": 64} | wrong))
+    ]
+    for wrong, message in mistakes:
+        settings = correspondence.Config(**wrong)
         with pytest.raises(UserError, match=message):
             correspondence.run(Places("seen"), data, settings)
 

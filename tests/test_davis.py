@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,9 +319,13 @@ def test_davis_is_a_task(tmp_path):
 # --- what the networks see
 
 
+def network(name) -> Any:
+    return make_backbone(BackboneConfig(name=name, init="timm")).eval()
+
+
 def test_inputs_have_the_published_sizes():
-    vit = encoder_of(make_backbone(BackboneConfig(name="test_vit", init="timm")))
-    resnet = encoder_of(make_backbone(BackboneConfig(name="test_resnet")))
+    vit = encoder_of(network("test_vit"))
+    resnet = encoder_of(network("test_resnet"))
     dino, walk = davis.Config().recipe(), davis.Config(settings="revisiting").recipe()
     assert input_size((480, 854), vit, dino) == (480, 832)
     assert input_size((854, 480), vit, dino) == (832, 480)
@@ -332,7 +337,7 @@ def test_inputs_have_the_published_sizes():
 
 
 def test_the_third_stage_runs_at_stride_eight_and_leaves_the_network_alone():
-    backbone = make_backbone(BackboneConfig(name="resnet18")).eval()
+    backbone = network("resnet18")
     images = torch.randn(1, 3, 50, 70)
     with torch.inference_mode():
         before = backbone(images).dense
@@ -351,14 +356,14 @@ def test_the_third_stage_runs_at_stride_eight_and_leaves_the_network_alone():
 
 
 def test_the_third_stage_takes_shortcuts_that_pool_and_refuses_other_strides():
-    pooling = make_backbone(BackboneConfig(name="test_resnet"))
+    pooling = network("test_resnet")
     assert ThirdStage(pooling)(torch.randn(1, 3, 64, 40)).shape[-2:] == (8, 5)
     with pytest.raises(UserError, match="resnetaa50: its third stage does not run at stride 8"):
-        ThirdStage(make_backbone(BackboneConfig(name="resnetaa50", init="timm")))
+        ThirdStage(network("resnetaa50"))
 
 
 def test_dilated_networks_keep_their_weights_and_have_more_cells():
-    backbone = make_backbone(BackboneConfig(name="test_resnet")).eval()
+    backbone = network("test_resnet")
     finer = dilated(backbone, 8)
     images = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
@@ -366,5 +371,5 @@ def test_dilated_networks_keep_their_weights_and_have_more_cells():
     weights = backbone.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in finer.state_dict().items())
     assert not finer.training and dilated(finer, 16) is finer
-    vit = make_backbone(BackboneConfig(name="test_vit", init="timm"))
+    vit = network("test_vit")
     assert dilated(vit, 8) is vit
