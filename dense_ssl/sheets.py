@@ -146,6 +146,17 @@ def beside(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
+def below(images: Sequence[Image.Image]) -> Image.Image:
+    """Return images below one another, aligned at the left."""
+    height = sum(image.height for image in images) + _GAP * (len(images) - 1)
+    sheet = Image.new("RGB", (max(image.width for image in images), height), BACKGROUND)
+    y = 0
+    for image in images:
+        sheet.paste(image, (0, y))
+        y += image.height + _GAP
+    return sheet
+
+
 def stacked(images: Sequence[Image.Image], title: str) -> Image.Image:
     """Return images below one another under a title, with a margin around."""
     width = max(image.width for image in images) + 2 * _GAP

@@ -5,9 +5,10 @@
     crops            each source image with its crop boxes, beside the views
     masks            the views with the patches that are hidden from the student
     correspondence   which cells of two views are matched
-    attention        where the class token looks, head by head (ResNets: the pooled feature)
+    attention        where each class token looks, head by head (ResNets: the pooled feature)
     pca              the cells' first three principal components as colours
     neighbours       images and the ones most like them by pooled feature
+    places           patches sampled in one crop and their places in another (UDI)
 
 The images are the first of the run's first batch (or of another epoch), in the colours training gave
 them. Correspondence: DenseCL's matching (arXiv:2011.09157, section 3.3) between the student's cells of
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dense_ssl.backbones import ViTBackbone
 from dense_ssl.config import UserError, validate
 from dense_ssl.loaders import DataConfig, open_source
 from dense_ssl.loaders.order import Order
@@ -39,15 +41,16 @@ from dense_ssl.samples import (
     sample_of,
     shown,
 )
-from dense_ssl.sheets import correspondence_sheet, heated, stacked, tiles_sheet
+from dense_ssl.sheets import below, correspondence_sheet, heated, stacked, tiles_sheet
 from dense_ssl.visualise_features import (
     attention_maps,
     component_maps,
     whole_image,
 )
 from dense_ssl.visualise_neighbours import POOL, neighbour_rows
+from dense_ssl.visualise_places import place_rows
 
-KINDS = ("crops", "masks", "correspondence", "attention", "pca", "neighbours")
+KINDS = ("crops", "masks", "correspondence", "attention", "pca", "neighbours", "places")
 WHOLE_PX = 320  # shorter side of whole images, for attention and pca
 SIMILARITY = 0.9  # of matches worth a line: the authors' own picture (densecl.md 7.5)
 
@@ -82,12 +85,14 @@ def draw(run: Path, kind: str, out: Path, count: int, epoch: int, size: int | No
         rows = mask_rows(sample, epoch)
     elif kind == "correspondence":
         rows = _correspondence_rows(run, sample)
+    elif kind == "places":
+        rows = place_rows(sample, epoch)
     else:
         rows = _feature_rows(run, kind, sample.sources, size or WHOLE_PX)
     rows = rows[-count:]
-    note = " (<> is mirrored)" if kind == "crops" else ""
+    notes = {"crops": " (<> is mirrored)", "places": " (hollow: not in the other crop)"}
     when = "" if whole else f", epoch {epoch}"
-    title = f"{config['method']['name']}, {run.name}{when}: {kind}{note}"
+    title = f"{config['method']['name']}, {run.name}{when}: {kind}{notes.get(kind, '')}"
     _save(stacked(rows, title), out)
 
 
@@ -169,11 +174,19 @@ def _feature_rows(
     rows = []
     for pixels, image in pairs:
         names, maps = attention_maps(backbone, image)
-        heads = [heated(pixels, one) for one in maps]
-        if len(maps) > 1:
-            names, heads = ["all heads", *names], [heated(pixels, maps.mean(0)), *heads]
-        rows.append(tiles_sheet(["image", *names], [pixels, *heads]))
+        tokens = backbone.prefix if isinstance(backbone, ViTBackbone) else 1
+        of_each = zip(np.split(np.array(names), tokens), np.split(maps, tokens), strict=True)
+        rows.append(below([_heads_row(pixels, own, heat) for own, heat in of_each]))
     return rows
+
+
+def _heads_row(pixels: np.ndarray, names: np.ndarray, maps: np.ndarray) -> Image.Image:
+    """Draw an image, and where each head of one class token looks, [M, h, w], all of them first."""
+    captions, tiles = ["image"], [pixels]
+    if len(maps) > 1:
+        captions.append(names[0].replace("head 0", "all heads"))
+        tiles.append(heated(pixels, maps.mean(0)))
+    return tiles_sheet([*captions, *names], [*tiles, *(heated(pixels, one) for one in maps)])
 
 
 def _neighbour_sheet(

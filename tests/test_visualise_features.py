@@ -9,10 +9,13 @@ from PIL import Image
 from dense_ssl import checkpoint
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
+from dense_ssl.crops import MultiCropBatch
 from dense_ssl.methods import make_method
 from dense_ssl.methods.densecl import DenseCLConfig
 from dense_ssl.methods.ibot import IBotConfig
 from dense_ssl.methods.masks import draw_masks
+from dense_ssl.methods.udi import UdiConfig
+from dense_ssl.samples import Sample
 from dense_ssl.schedule import Step
 from dense_ssl.sheets import heated, tiles_sheet
 from dense_ssl.views import ViewSpec
@@ -24,6 +27,7 @@ from dense_ssl.visualise_features import (
     whole_image,
     with_hidden,
 )
+from dense_ssl.visualise_places import place_rows
 
 VIEWS = (
     ViewSpec(name="global", count=2, size=32),
@@ -126,13 +130,15 @@ def test_a_vit_run_is_drawn(kind, tmp_path):
         pixels = rng.integers(0, 255, (6, 8, 3), np.uint8)
         big = Image.fromarray(pixels).resize((120, 90), Image.Resampling.NEAREST)
         big.save(images / f"{number}.png")
-    config = IBotConfig(
-        views=VIEWS,
-        backbone={"name": "test_vit", "init": "dino", "positions": "dino"},
-        out_dim=16,
-        hidden_dim=8,
-        bottleneck_dim=4,
-    )
+    vit = {"name": "test_vit", "init": "dino", "positions": "dino"}
+    sizes = {"out_dim": 16, "hidden_dim": 8, "bottleneck_dim": 4}
+    config = IBotConfig(views=VIEWS, backbone=vit, **sizes)
+    if kind == "places":
+        two = vit | {"class_tokens": 2}
+        views = tuple(view.model_copy(update={"size": 2 * view.size}) for view in VIEWS)
+        config = UdiConfig(
+            views=views, backbone=two, attention_heads=4, global_window=1, local_window=1, **sizes
+        )
     settings = {
         "method": config.model_dump(mode="json"),
         "data": {"path": str(images), "loader": "folder"},
@@ -147,3 +153,11 @@ def test_a_vit_run_is_drawn(kind, tmp_path):
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     with Image.open(tmp_path / "one.png") as sheet:
         assert min(sheet.size) > 100
+
+
+def test_places_of_a_method_that_compares_none_are_refused():
+    sample = Sample(
+        [], MultiCropBatch({}, torch.arange(0), torch.arange(0)), VIEWS, IBotConfig(), 0
+    )
+    with pytest.raises(UserError, match="KIND=places: ibot compares no sampled patches"):
+        place_rows(sample, epoch=0)

@@ -115,10 +115,8 @@ class Udi(Method):
             teacher = teacher_side(self.teacher, encoded, maps)
         student = student_side(self.student, encoded, maps)
         levels, means = self.objective.losses(student, teacher, step)
-        logs = levels.values()
-        if student.samples is not None:
-            logs["shared"] = student.samples.weight.mean()  # of the samples: what both crops show
-        return Output(levels.total(), {k: v.detach() for k, v in logs.items()}, carry=means)
+        logs = {name: loss.detach() for name, loss in levels.values().items()}
+        return Output(levels.total(), logs, carry=means)
 
     def after_step(self, carries: Sequence[Centers], step: Step) -> None:
         """Move the teacher and the centres."""
