@@ -6,9 +6,14 @@ a run, a published checkpoint and timm's weights are evaluated by the same words
 
     python -m dense_ssl.evaluation knn,segment --checkpoint runs/a --data DATA
 
-| task    | data                                  | protocol          | file       |
-|---------|---------------------------------------|-------------------|------------|
-| knn     | train/CLASS/*, val/CLASS/*            | knn/v1            | knn.py     |
-| knn     | COCO: annotations/instances_*.json    | knn-objects/v1    | knn.py     |
-| segment | COCO, or CamVid: train/, trainannot/  | segment-linear/v1 | segment.py |
+| task           | data                                  | protocol            | file              |
+|----------------|---------------------------------------|---------------------|-------------------|
+| knn            | train/CLASS/*, val/CLASS/*            | knn/v1              | knn.py            |
+| knn            | COCO: annotations/instances_*.json    | knn-objects/v1      | knn.py            |
+| segment        | COCO, or CamVid: train/, trainannot/  | segment-linear/v1   | segment.py        |
+| correspondence | any folder of images, or shards       | correspondence/v1   | correspondence.py |
+| davis          | DAVIS-2017: JPEGImages/, Annotations/ | davis-dino/v1       | davis.py          |
+| davis          | the same, `settings=revisiting`       | davis-revisiting/v1 | davis.py          |
+| hummingbird    | as segment                            | hummingbird/v1      | hummingbird.py    |
+| retrieve       | as segment                            | retrieve-kmeans/v1  | retrieve.py       |
 """

@@ -32,7 +32,6 @@ from dense_ssl.evaluation import (
     svm,
 )
 from dense_ssl.evaluation.features import FeatureCache, content_key
-from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.results import Result
 from dense_ssl.evaluation.segment_protocols import CONFIGS as SEGMENT_CONFIGS
 from dense_ssl.fingerprint import weights_sha256
@@ -159,8 +158,9 @@ def _evaluate(
         seconds = time.perf_counter() - started
         memory_gb = _peak_memory_gb(where)
         settings = config.model_dump(mode="json")
-        omitted: Omissions = content.omitted
-        for line in omitted.lines() if rank() == 0 else ():
+        # Before the untrained network meets the same things and names them again.
+        left_out = content.omitted.lines()
+        for line in left_out if rank() == 0 else ():
             _log.warning("%s: left out of %s: %s", name, path, line)
         if out and task.pictures is not None:
             sheets = task.pictures(loaded.backbone, content, config, cache)
@@ -177,7 +177,7 @@ def _evaluate(
             weights=loaded.sha256,
             data=str(path),
             settings=settings,
-            omitted=omitted.lines(),
+            omitted=left_out,
             seconds=round(seconds, 3),
             memory_gb=round(memory_gb, 3),
         )
