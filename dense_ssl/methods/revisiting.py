@@ -191,7 +191,7 @@ class Revisiting(Method):
         return one_group(self)
 
     def _queries(self, large: Tensor, small: Crops | None) -> Encoded:
-        """Return the queries [B (1 + V), ...], image-major: two passes, with batch statistics of their own."""
+        """Return the queries [B (1 + V), ...], image-major: two passes, each with its batch statistics."""
         first = self._encode(self.student, large)
         if small is None:
             return first
