@@ -24,7 +24,9 @@ from dense_ssl.methods.revisiting import (
     image_major,
     nearest,
 )
+from dense_ssl.official import to_official
 from dense_ssl.pretrain import RunConfig, recipe_path
+from dense_ssl.pretrained import start_from
 from dense_ssl.schedule import Step
 from dense_ssl.views import Near, ViewSpec
 
@@ -258,6 +260,31 @@ def test_a_queue_in_bf16_takes_half_the_memory_and_finds_the_same_neighbours():
     method = fresh(queue_backbone_dtype="bf16")
     method.load_state_dict(fresh(queue_backbone_dtype="fp32").state_dict())  # either way
     assert method.backbone_queue.keys.dtype == torch.bfloat16
+
+
+# --- official files -------------------------------------------------------------------------------
+
+
+def test_a_run_starts_from_an_official_file(tmp_path, caplog):
+    """The whole state of the same method; of another one the backbone."""
+    small = {**SMALL, "views": VIEWS, "backbone": BackboneConfig(name="resnet18")}
+    torch.manual_seed(1)
+    theirs = make_method(RevisitingConfig(**small))
+    state = {"state_dict": to_official("revisiting", theirs.state_dict()), "arch": "resnet18"}
+    torch.save({"epoch": 3, **state}, tmp_path / "checkpoint.pth.tar")
+    torch.manual_seed(2)
+    ours = make_method(RevisitingConfig(**small, queue_backbone_dtype="bf16"))
+    with caplog.at_level(logging.INFO, logger="dense_ssl"):
+        start_from(str(tmp_path / "checkpoint.pth.tar"), ours, "revisiting")
+        assert torch.equal(ours.queue.keys, theirs.queue.keys)
+        assert torch.equal(ours.backbone_queue.keys, theirs.backbone_queue.keys.bfloat16())
+        shared = {"out_dim": 8, "hidden_dim": 16, "queue_length": 40, "backbone": small["backbone"]}
+        moco = make_method(MoCoConfig(**shared))
+        start_from(str(tmp_path / "checkpoint.pth.tar"), moco, "moco")
+    assert "starting from the revisiting state" in caplog.text
+    assert "starting from the backbone" in caplog.text
+    for key, value in theirs.student["backbone"].state_dict().items():
+        assert torch.equal(moco.student["backbone"].state_dict()[key], value)
 
 
 # --- what is refused, and said --------------------------------------------------------------------
