@@ -321,6 +321,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _describe(exported: Exported, target: str, spec: str, source: Source) -> None:
     """Write the .json beside an exported file."""
+    trunk = fewer_tokens(source.trunk, target) if target in FEWER else source.trunk
     record = {
         "file": exported.path.name,
         "sha256": file_sha256(exported.path),
@@ -330,7 +331,7 @@ def _describe(exported: Exported, target: str, spec: str, source: Source) -> Non
         "network": source.part,
         "architecture": source.arch,
         "timm_options": timm_options(target, source.class_tokens),
-        "weights_sha256": source.loaded.sha256,
+        "weights_sha256": weights_sha256(trunk),
         "normalisation": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
         "check": exported.check,
         "equivalent": exported.equal,

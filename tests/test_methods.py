@@ -98,7 +98,6 @@ CONFIGS |= {
         **PROTOTYPES | {"views": MULTI_CROP[:1]}, **SAMPLED, backbone=TWO_TOKENS
     ),
     "udi-one_token": UdiConfig(**PROTOTYPES, **SAMPLED, backbone=DINO_VIT),
-    "udi-no_patches": UdiConfig(**PROTOTYPES, patches=False, backbone=DINO_VIT),
 }
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dense_ssl.crops import Crops, to_crop, to_source
 from dense_ssl.methods.masks import on_device
@@ -87,7 +86,7 @@ def find_samples(
     shown = ((there > 0) & (there < 1)).all(dim=-1)  # [..., S]
     x, y = (there.clamp(0, 1) * (other_side - 1)).unbind(-1)
     other = _hat(y, other_side)[..., :, None] * _hat(x, other_side)[..., None, :]
-    own = F.one_hot(cells, side * side).to(boxes)
+    own = (cells[..., None] == torch.arange(side * side, device=cells.device)).to(boxes)
     shown = shown[..., None].to(boxes)
     return Samples(own * shown, other.flatten(-2) * shown)
 
