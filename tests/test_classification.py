@@ -25,6 +25,7 @@ from dense_ssl.evaluation.classify_data import (
     picture_size,
 )
 from dense_ssl.evaluation.features import FeatureCache
+from dense_ssl.evaluation.heads import Heads
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.readout import Readout
 from dense_ssl.evaluation.subsets import draw_subset
@@ -160,7 +161,7 @@ def test_half_precision_bank_and_the_picture(colours, tmp_path):
 def test_heads_step_as_torchs_sgd_does():
     torch.manual_seed(1)
     lr = torch.tensor([0.1, 1.0, 3.0])
-    heads = linear.Heads(lr, classes=4, dim=5, seed=3)
+    heads = Heads(lr, classes=4, dim=5, seed=3)
     layers = [nn.Linear(5, 4) for _ in lr]
     for i, layer in enumerate(layers):
         layer.weight.data.copy_(heads.weight[i])

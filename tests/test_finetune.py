@@ -14,6 +14,7 @@ from dense_ssl.distributed import close_world, init_world
 from dense_ssl.evaluation import finetune, knn, linear
 from dense_ssl.evaluation.classify_data import ClassifyData, LabelledPictures
 from dense_ssl.evaluation.features import FeatureCache
+from dense_ssl.evaluation.layer_decay import parameter_groups
 from dense_ssl.evaluation.suite import configs_of
 
 TINY = {"size": 32, "precision": "fp32", "workers": 0, "warmup_epochs": 0, "lr_per": None}
@@ -80,7 +81,7 @@ def test_learning_rates_over_a_run():
 def test_every_parameter_is_in_one_group_of_its_layer(name, layers):
     config = finetune.Config(layer_decay=0.5)
     model = finetune._classifier(network(name), 3, config)
-    groups = finetune.parameter_groups(model, config)
+    groups = parameter_groups(model, 0.5, 0.05)
     where = {id(p): group for group in groups for p in group["params"]}
     assert len(where) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     found = {}

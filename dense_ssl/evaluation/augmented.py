@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dense_ssl.augment import MEAN
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank, world_size
 from dense_ssl.evaluation.classify_data import FILTERS, Filter, Picture, open_picture, picture_size
@@ -217,10 +219,7 @@ class _Show(Dataset):
 
     def _randaugment(self) -> Any:
         if self._policy is None:
-            from timm.data.auto_augment import rand_augment_transform
-            from timm.data.constants import IMAGENET_DEFAULT_MEAN
-
-            fill = tuple(min(255, round(255 * x)) for x in IMAGENET_DEFAULT_MEAN)
+            fill = tuple(min(255, round(255 * x)) for x in MEAN)
             options = {
                 "translate_const": int(self._augmentation.size * 0.45),
                 "img_mean": fill,

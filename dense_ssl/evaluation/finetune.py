@@ -17,7 +17,6 @@ epoch to the same weights. Several ranks: torchrun -m dense_ssl.evaluation finet
 """  # noqa: E501  (a table row cannot wrap)
 
 import copy
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +24,8 @@ from typing import Annotated, Any, Literal
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
@@ -50,6 +51,7 @@ from dense_ssl.evaluation.features import (
     extract,
     normalised,
 )
+from dense_ssl.evaluation.layer_decay import parameter_groups
 from dense_ssl.evaluation.ranks import share_buffers
 from dense_ssl.evaluation.subsets import draw_subset, is_list
 from dense_ssl.rng import key_of
@@ -65,10 +67,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "udi": _BEIT | {"epochs": 200, "layer_decay": 0.55, "drop_path": 0.1},
 }
 STREAM = int.from_bytes(b"tune", "big")  # mixup, erasing and drop path: a seed per (step, rank)
-_STAGE = re.compile(r"layer(\d)\.")
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
-_EMBEDDING = ("cls_token", "reg_token", "pos_embed", "patch_embed.", "norm_pre.")
-_STEM = ("conv1.", "bn1.")
 
 
 class Config(BaseConfig):
@@ -166,40 +164,6 @@ class Classifier(nn.Module):
         return self.head(self.fc_norm(read))
 
 
-def layer_decay_scale(name: str, num_layers: int, decay: float) -> float:
-    """Return the factor on the learning rate of a parameter: decay^(num_layers + 1 - id).
-
-    id is 0 for class tokens, positions, patch embedding and a ResNet's stem; k + 1 for block k, k for
-    stage k of a ResNet; num_layers + 1 for everything else (final norm, head).
-    """
-    name = name.removeprefix("backbone.").removeprefix("trunk.")
-    block, stage = _BLOCK.match(name), _STAGE.match(name)
-    number = num_layers + 1
-    if name.startswith((*_EMBEDDING, *_STEM)):
-        number = 0
-    elif block:
-        number = int(block[1]) + 1
-    elif stage:
-        number = int(stage[1])
-    return decay ** (num_layers + 1 - number)
-
-
-def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Return AdamW's groups, one per learning rate and decay; `lr_scale` is the layer's factor."""
-    names = [name for name, _ in model.named_parameters()]
-    layers = len({m[0] for name in names if (m := _BLOCK.search(name) or _STAGE.search(name))})
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        scale = layer_decay_scale(name, layers, config.layer_decay)
-        bare = parameter.ndim == 1 or name.endswith(("pos_embed", "cls_token", "reg_token"))
-        decay = 0.0 if bare else config.weight_decay
-        group = groups.setdefault(
-            (scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay}
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
 def _outcome(
     backbone: Backbone, data: ClassifyData, config: Config, cache: FeatureCache | None
 ) -> tuple[Tensor, Tensor]:
@@ -228,7 +192,12 @@ def _trained(
     device = next(backbone.parameters()).device
     model = _classifier(backbone, len(data.classes), config).to(device)
     model.to(memory_format=torch.channels_last)
-    optimizer = AdamW(parameter_groups(model, config), lr=0.0, betas=(0.9, 0.999), fused=True)
+    optimizer = AdamW(
+        parameter_groups(model, config.layer_decay, config.weight_decay),
+        lr=0.0,
+        betas=(0.9, 0.999),
+        fused=True,
+    )
     settings = config.model_dump_json(exclude={"workers", "extract_batch"})
     key = content_key("finetune", data.protocol, data.content, settings)
     folder = cache.job(key) if cache else None
@@ -331,9 +300,6 @@ class _Draws:
     """Mixup, cutmix and erasing of timm, and the loss they leave; seeded by the caller."""
 
     def __init__(self, config: Config, classes: int, device: torch.device) -> None:
-        from timm.data.mixup import Mixup
-        from timm.data.random_erasing import RandomErasing
-
         self._erase = RandomErasing(config.erase, mode="pixel", device=device.type)
         self._mix: Any = None
         if config.mixup or config.cutmix:

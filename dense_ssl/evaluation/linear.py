@@ -24,17 +24,17 @@ from typing import Annotated, Any, Literal
 import torch
 from PIL import Image
 from pydantic import Field, field_validator
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from dense_ssl import checkpoint
 from dense_ssl.backbones import Backbone, ViTBackbone
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
-from dense_ssl.distributed import mean_over_ranks, rank
+from dense_ssl.distributed import rank
 from dense_ssl.evaluation.accuracy import accuracies, chance, confusion_sheet
-from dense_ssl.evaluation.augmented import Augmentation, TrainingCrops
+from dense_ssl.evaluation.augmented import Augmentation, TrainingCrops, seeded
 from dense_ssl.evaluation.classify_data import (
     ClassifyData,
     Filter,
@@ -50,11 +50,13 @@ from dense_ssl.evaluation.features import (
     extract,
     normalised,
 )
+from dense_ssl.evaluation.heads import Heads
 from dense_ssl.evaluation.readout import Pool, Readout
 from dense_ssl.loaders.order import Order
+from dense_ssl.rng import key_of
 from dense_ssl.schedule import Schedule, Step
 
-_MOMENTUM = 0.9
+STREAM = int.from_bytes(b"probe", "big")  # random erasing: a seed per (epoch, step, rank)
 _LR_BATCH = 256  # learning rates are for this batch
 _SHARE = 0.1  # of the training images kept apart
 # 45 rates, as iBOT sweeps them
@@ -71,6 +73,7 @@ class Config(BaseConfig):
     crop_resampling: Filter = "bilinear"  # of training crops
     crop_scale: tuple[float, float] = (0.08, 1.0)
     randaugment: str = ""  # UDI: rand-m9-mstd0.5-inc1
+    erase: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of a noise rectangle; UDI: 0.25
     pool: Pool | Literal["auto"] = "auto"
     blocks: Annotated[int, Field(ge=1)] | None = None  # None: of the network, see above
     lr: tuple[Annotated[float, Field(gt=0)], ...] = _LRS
@@ -134,50 +137,6 @@ class Outcome:
     lr: float
     chosen_on: Literal["held-out", "val", "nothing"]
     dim: int
-
-
-class Heads:
-    """L linear classifiers side by side, each with its own learning rate; one pass trains all."""
-
-    def __init__(self, lr: Tensor, classes: int, dim: int, seed: int) -> None:
-        """Start all from the same weights; `lr` [L]."""
-        generator = torch.Generator().manual_seed(seed)
-        weight = 0.01 * torch.randn(classes, dim, generator=generator)
-        self.weight = weight.expand(len(lr), -1, -1).to(lr.device).contiguous()  # [L, C, D]
-        self.bias = torch.zeros(len(lr), classes, device=lr.device)
-        self._lr = lr
-        self._momenta = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
-
-    def scores(self, x: Tensor) -> Tensor:
-        """Return class scores [L, B, C] of features [B, D]."""
-        return torch.baddbmm(
-            self.bias[:, None], x.expand(len(self._lr), -1, -1), self.weight.transpose(1, 2)
-        )
-
-    @torch.no_grad()
-    def step(self, x: Tensor, labels: Tensor, factor: float) -> None:
-        """Take one step of SGD on the mean cross-entropy over all ranks, with `factor` times each rate.
-
-        The gradient of cross-entropy by the scores is softmax - one-hot, so none is recorded.
-        """
-        errors = self.scores(x).softmax(2)
-        errors -= F.one_hot(labels, errors.shape[2])
-        errors /= len(x)
-        gradients = [errors.transpose(1, 2) @ x, errors.sum(1)]  # [L, C, D], [L, C]
-        for value, gradient, momentum in zip((self.weight, self.bias), gradients, self._momenta):
-            momentum.mul_(_MOMENTUM).add_(mean_over_ranks(gradient))
-            rates = factor * self._lr.view(-1, *(1,) * (value.dim() - 1))
-            value.sub_(rates * momentum)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return all that training goes on from."""
-        names = ("weight", "bias", "weight_momentum", "bias_momentum")
-        return dict(zip(names, (self.weight, self.bias, *self._momenta), strict=True))
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state`."""
-        for name, value in self.state().items():
-            value.copy_(state[name])
 
 
 def _outcome(
@@ -286,10 +245,15 @@ def _batches(
         omitted=data.omitted,
     )
 
+    erase = RandomErasing(config.erase, mode="pixel", device=device.type)
+
     def augmented(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         reader.eval()
-        for images, labels in crops.epoch(epoch):
+        for number, (images, labels) in enumerate(crops.epoch(epoch)):
             x = normalised(images.to(device, non_blocking=True))
+            if config.erase:
+                with seeded(int(key_of(config.seed, STREAM, epoch, number, rank()))):
+                    x = erase(x)
             enabled = config.precision == "bf16"
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled):
                 features = reader(x)

@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor
 
 from dense_ssl.evaluation.accuracy import accuracies
-from dense_ssl.evaluation.finetune import layer_decay_scale
 from dense_ssl.evaluation.knn import knn_scores
+from dense_ssl.evaluation.layer_decay import layer_decay_scale
 from dense_ssl.evaluation.ranking import generalised_mean, rankings_scores
 from dense_ssl.evaluation.svm_fit import fixed_precisions
 
