@@ -297,8 +297,8 @@ def test_large_images_are_answered_at_a_thousand_pixels():
 
 HALVES = SMALL | {"size": 64, "test": "native"}
 FCN = FcnConfig(
-    **HALVES, settings="voc-revisiting", augmentation="any-scale", scale=(64, 64), dilation=1,
-    lr=0.03, epochs=40, schedule="poly", per="step", select="last",
+    **HALVES, settings="voc-revisiting", augmentation="listed-scale", dilation=1, lr=0.1, epochs=30,
+    schedule="poly", per="step", select="last",
 )  # fmt: skip
 UPERNET = UperNetConfig(**HALVES, lr=2e-3, steps=25, layer_decay=1.0)
 FPN = FpnConfig(**HALVES, lr=2e-3, steps=25)
@@ -314,7 +314,8 @@ def test_networks_learn_separable_classes(halves, tiny_resnet, config):
     backbone = tiny_resnet if config is FCN else vit
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
     values = segment_train.run(backbone, segment_train.load(halves / "true", config), config)
-    assert values["mIoU"] > 95 and values["chance/mAcc"] == pytest.approx(100 / 3)
+    assert values["aAcc"] > 95 and values["chance/mAcc"] == pytest.approx(100 / 3)
+    assert values["mIoU"] > (90 if config is FCN else 95)  # 16 pixels a cell blur the one boundary
     assert all(torch.equal(x, before[name]) for name, x in backbone.state_dict().items())
 
 

@@ -9,7 +9,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dense_ssl.backbones import Backbone, ResNetBackbone
 from dense_ssl.evaluation.features import check_size
-from dense_ssl.evaluation.finetune import layer_decay_scale
+from dense_ssl.evaluation.layer_decay import layer_decay_scale
 from dense_ssl.evaluation.segment_heads import (
     CellHead,
     FcnHead,
