@@ -38,7 +38,7 @@ from dense_ssl.methods import Method, Step, make_method, warn_of_own_keys
 from dense_ssl.optim import apply_schedules, clip_gradients, freeze, make_optimizer
 from dense_ssl.pretrained import start_from
 from dense_ssl.rng import key_of
-from dense_ssl.run_config import RunConfig, RunSection, recipe_path
+from dense_ssl.run_config import RunConfig, RunSection, recipe_path, with_defaults
 from dense_ssl.rundir import check_same_run, claimed, data_fingerprint
 from dense_ssl.signals import StopRequest
 from dense_ssl.step_context import autocast, seed_noise
@@ -121,6 +121,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
     saved = checkpoint.load_newest(folder / "checkpoints")
     done = 0
     if saved is not None:
+        saved["config"] = with_defaults(saved["config"])
         check_same_run(saved, config.model_dump(mode="json"), fingerprint)
         done = int(saved["step"])
         method.load_state_dict(saved["method"])

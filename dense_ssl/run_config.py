@@ -1,7 +1,8 @@
 """A run's configuration: what a recipe in `configs/` says, and where recipes are found."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -68,3 +69,14 @@ def recipe_path(name: str) -> Path:
         known = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
         raise UserError(f"METHOD={name}: no such recipe in configs/; there are {', '.join(known)}")
     return path
+
+
+def with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with what it does not say, because it is older, at its default.
+
+    One that this version does not understand is returned as it is.
+    """
+    try:
+        return RunConfig.model_validate(saved).model_dump(mode="json")
+    except ValueError:
+        return dict(saved)

@@ -37,7 +37,7 @@ def test_the_example_keeps_the_contract_of_methods(tmp_path):
     insert(registry, "    MoCoConfig", listed)
     imports = imported.replace("PixelAgreement, ", "")
     insert(tests / "test_methods.py", "from dense_ssl.methods.moco import", imports)
-    insert(tests / "test_methods.py", "CONFIGS |= {", config)
+    insert(tests / "test_methods.py", '    "dino": DinoConfig', config)
     insert(tests / "test_resume.py", "METHODS_BY_NAME = {", resumed)
     command = [
         sys.executable,

@@ -316,6 +316,19 @@ def test_resuming_with_another_recipe_is_refused(recipe, capsys, overrides, sent
     assert run(capsys, path, "train.steps=2")[0] == 0  # nothing was lost
 
 
+def test_a_run_saved_before_a_setting_existed_resumes_with_its_default(recipe, tmp_path, capsys):
+    path = recipe("older")
+    assert run(capsys, path, "train.steps=2")[0] == 0
+    folder = tmp_path / "older" / "checkpoints"
+    payload = checkpoint.load_newest(folder)
+    del payload["config"]["data"]["cut"]
+    del payload["config"]["method"]["backbone"]["class_tokens"]
+    checkpoint.save(folder, payload, keep=2)
+    code, _, err = run(capsys, path, "train.steps=3")
+    assert code == 0, err
+    assert "resuming at step 2" in err
+
+
 def test_resuming_on_other_data_is_refused(recipe, tmp_path, capsys):
     path = recipe("kept")
     run(capsys, path, "train.steps=1")

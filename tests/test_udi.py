@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense_ssl.backbones import BackboneConfig
@@ -14,8 +13,8 @@ from dense_ssl.distributed import World
 from dense_ssl.methods import make_method
 from dense_ssl.methods.udi import UdiConfig, udi_views
 from dense_ssl.methods.udi_attention import PointAttention, PointSampler
-from dense_ssl.methods.udi_maps import draw_cells
 from dense_ssl.photometry_policies import POLICIES
+from dense_ssl.published.udi import maps_of, udi_losses
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec
 from tests.test_distributed import on_ranks
@@ -68,204 +67,15 @@ def method_of(config, seed=1):
     return method
 
 
-# --- the published sequence: coordinates and loops, every logit, every network as often as there ----
-
-
-def published_coord(box, flip):
-    x0, y0, x1, y1 = box.tolist()
-    return (y0, x1, y1, x0) if flip else (y0, x0, y1, x1)
-
-
-def published_map(src, tgt, cells, grid, side):
-    """Rows of src_map [S, g * g] and tgt_map [S, side * side], those of cells that count first."""
-    rows, columns = [], []
-    for cell in sorted(cells):
-        r, c = divmod(cell, grid)
-        i = src[0] + r / (grid - 1) * (src[2] - src[0])
-        j = src[1] + c / (grid - 1) * (src[3] - src[1])
-        ends = (*sorted((tgt[0], tgt[2])), *sorted((tgt[1], tgt[3])))
-        if not (ends[0] < i < ends[1] and ends[2] < j < ends[3]):
-            continue
-        y = (i - tgt[0]) * (side - 1) / (tgt[2] - tgt[0])
-        x = (j - tgt[1]) * (side - 1) / (tgt[3] - tgt[1])
-        top, left = math.floor(y), math.floor(x)
-        target = torch.zeros(side, side)
-        for row, of_row in ((top, 1 - (y - top)), (min(top + 1, side - 1), y - top)):
-            for column, share in ((left, 1 - (x - left)), (min(left + 1, side - 1), x - left)):
-                target[row, column] += of_row * share
-        rows.append(F.one_hot(torch.tensor(cell), grid * grid).float())
-        columns.append(target.flatten())
-    missing = len(cells) - len(rows)
-    rows += [torch.zeros(grid * grid)] * missing
-    columns += [torch.zeros(side * side)] * missing
-    return torch.stack(rows), torch.stack(columns)
-
-
-def published_maps(config, batch, step):
-    """Lists as there: src [A, B] then local crops, tgt [in B, in A] then per local crop in B and in A."""
-    crops, local = batch.views["global"], batch.views.get("local")
-    kinds = {"global": (4, config.global_window), "local": (3, config.local_window)}
-    cells = {
-        name: draw_cells(step, batch.index, at, *kinds[name]).tolist()
-        for at, name in enumerate(kinds)
-    }
-    src, tgt = [], []
-    count = len(local.boxes) if local is not None else 0
-    pairs = [(crops, 0, 1, "global"), (crops, 1, 0, "global")]
-    pairs += [(local, at, v, "local") for at in range(count) for v in (1, 0)]
-    for source, at, v, name in pairs:
-        rows = [
-            published_map(
-                published_coord(source.boxes[at, b], source.flipped[at, b]),
-                published_coord(crops.boxes[v, b], crops.flipped[v, b]),
-                cells[name][b],
-                kinds[name][0],
-                4,
-            )
-            for b in range(len(batch.index))
-        ]
-        src.append(torch.stack([own for own, _ in rows]))
-        tgt.append(torch.stack([other for _, other in rows]))
-    return src, tgt
-
-
-def published_vit(trunk, images):
-    """(class tokens after the final norm [B, T, D], patch tokens before it [B, N, D])."""
-    maps = trunk.patch_embed.proj(images)
-    prefix = torch.cat([t for t in (trunk.cls_token, trunk.reg_token) if t is not None], 1)
-    count = prefix.shape[1]
-    table, side = trunk.pos_embed[:, count:], maps.shape[-1]
-    own = math.isqrt(table.shape[1])
-    if side != own:
-        square = table.reshape(1, own, own, -1).permute(0, 3, 1, 2)
-        square = F.interpolate(square, scale_factor=((side + 0.1) / own,) * 2, mode="bicubic")
-        table = square.permute(0, 2, 3, 1).flatten(1, 2)
-    prefix = (prefix + trunk.pos_embed[:, :count]).expand(len(images), -1, -1)
-    x = torch.cat([prefix, maps.flatten(2).transpose(1, 2) + table], 1)
-    x = trunk.blocks(x)
-    return trunk.norm(x)[:, :count], x[:, count:]
-
-
-def published_attention(sampler, x, maps):
-    """x [B, N, D], maps [m, B, s, N] -> [m, B, s, D]."""
-    u, attn = sampler.norm1(x), sampler.attn
-    q, k, v = (
-        part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in attn.qkv(u).chunk(3, 2)
-    )
-    q = maps[:, :, None] @ q
-    valid = maps.sum(-1) > 0
-    energy = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
-    energy = torch.where(valid[:, :, None, :, None], energy, torch.tensor(1e-9))
-    out = (energy.softmax(-1) @ v).transpose(2, 3).flatten(3)
-    return attn.norm(attn.proj(out) + maps @ u)
-
-
-def published_head(head, x):
-    x = F.normalize(head.mlp(x), dim=-1)
-    layer = head.last_layer
-    norm = layer.weight_v.norm(dim=1, keepdim=True)
-    return F.linear(x, layer.weight_v * (layer.weight_g / norm))
-
-
-def published_losses(method, batch, step):
-    """Levels, their total, new centres; gradients come by autograd through all of it."""
-    cfg, objective = method.config, method.objective
-    a, b = batch.views["global"].images
-    size = len(a)
-    student, teacher = method.student, method.teacher
-    T = cfg.teacher_temperature.at(step)
-    center = dict(zip(("cls", "plus", "patch"), (objective.center, objective.plus_center,
-                                                objective.patch_center)))  # fmt: skip
-    two = cfg.backbone.class_tokens == 2
-
-    def target(logits, kind):
-        return F.softmax((logits - center[kind]) / T, -1)
-
-    def compare(target, logits):
-        return torch.sum(-target * F.log_softmax(logits / 0.1, -1), -1)
-
-    tokens, hidden = published_vit(student["backbone"].trunk, torch.cat([a, b]))
-    s_global = [published_head(student["head"], tokens[:, at]) for at in range(1 + two)]
-    local = batch.views.get("local")
-    count = 0 if local is None else len(local.images)
-    if count:
-        tokens, local_hidden = published_vit(
-            student["backbone"].trunk, local.images.flatten(0, 1)
-        )  # fmt: skip
-        s_local = [published_head(student["head"], tokens[:, at]) for at in range(1 + two)]
-    with torch.no_grad():
-        tokens, t_hidden = published_vit(teacher["backbone"].trunk, torch.cat([b, a]))
-        t_cls = published_head(teacher["head"], tokens[:, 0])  # [B; A]
-    level_cls = [compare(target(t_cls, "cls"), s_global[0]).mean()]
-    if count:
-        by_view = t_cls.view(2, size, -1)
-        of_local = [
-            compare(target(by_view[v], "cls"), own)
-            for own in s_local[0].split(size) for v in (0, 1)
-        ]  # fmt: skip
-        level_cls.append(torch.stack(of_local).mean())
-    levels, means = {"cls": level_cls}, {"cls": t_cls.mean(0)}
-    if cfg.patches:
-        src, tgt = published_maps(cfg, batch, step)
-        own = published_attention(student["sampler"], hidden, torch.cat(src[:2])[None])
-        s_patch = published_head(student["head"], own)[0]  # [2B, S, K]
-        if count:  # what the published code throws away
-            maps = torch.stack([torch.cat(src[2 + v :: 2]) for v in (0, 1)])
-            published_head(
-                student["head"], published_attention(student["sampler"], local_hidden, maps)
-            )
-        with torch.no_grad():
-            maps = torch.cat(tgt[:2])[None]
-            t_patch = published_head(
-                teacher["head"], published_attention(teacher["sampler"], t_hidden, maps)
-            )[0]
-            weight = maps[0].sum(-1)
-            total, number = (weight[..., None] * t_patch).sum((0, 1)), weight.sum()
-            mean = (weight[..., None] * t_patch).sum(1) / (weight.sum(1, keepdim=True) + 1e-5)
-            blends = [cfg.blend * mean + (1 - cfg.blend) * t_cls]
-            if count:
-                _, t_hidden = published_vit(teacher["backbone"].trunk, torch.cat([b, a]))
-                maps = torch.stack([torch.cat(tgt[2 + 2 * at : 4 + 2 * at]) for at in range(count)])
-                l_patch = published_head(
-                    teacher["head"], published_attention(teacher["sampler"], t_hidden, maps)
-                )  # [L, 2B, R, K]
-                w = maps.sum(-1)
-                total, number = total + (w[..., None] * l_patch).sum((0, 1, 2)), number + w.sum()
-                mean = (w[..., None] * l_patch).sum(2) / (w.sum(2, keepdim=True) + 1e-5)
-                blends.append((cfg.blend * mean + (1 - cfg.blend) * t_cls).flatten(0, 1))
-        mask = torch.cat(src[:2]).sum(-1)
-        patch = (compare(target(t_patch, "patch"), s_patch) * mask).sum() / mask.sum()
-        means["patch"] = total / number
-        if two:
-            level_plus = [compare(target(blends[0], "plus"), s_global[1]).mean()]
-            if count:
-                of_local = blends[1].view(count, 2, size, -1)
-                level_plus.append(torch.stack([
-                    compare(target(of_local[at, v], "plus"), own)
-                    for at, own in enumerate(s_local[1].split(size)) for v in (0, 1)
-                ]).mean())  # fmt: skip
-            levels["cls_plus"] = level_plus
-            means["plus"] = torch.cat(blends).mean(0)
-        levels["patch"] = [patch]
-    result = {
-        name: parts[0]
-        if len(parts) == 1
-        else (2 * parts[0] + 2 * count * parts[1]) / (2 + 2 * count)
-        for name, parts in levels.items()
-    }
-    moved = [
-        0.9 * center[kind] + 0.1 * means[kind] for kind in ("cls", "plus", "patch") if kind in means
-    ]
-    return result, sum(result.values()) / len(result), moved
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("index", [0, 300])  # another epoch: other samples, another temperature
 def test_losses_gradients_and_centres_are_those_of_the_published_sequence(name, index):
     config = CONFIGS[name]
     method, step = method_of(config), Step(index, 10, 100, seed=5)
     batch = batch_of(views=config.views)
-    levels, total, centers = published_losses(method, batch, step)
+    levels = udi_losses(method, batch, step)
+    total = levels.pop("loss")
+    centers = {name: levels.pop(name) for name in list(levels) if "center" in name}
     trained = {n: p for n, p in method.named_parameters() if p.requires_grad}
     want = torch.autograd.grad(total, list(trained.values()))
     output = method(batch, step)
@@ -278,13 +88,15 @@ def test_losses_gradients_and_centres_are_those_of_the_published_sequence(name, 
         scale = gradient.abs().max().item()
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-4 * scale + 1e-7, msg=key)
     method.after_step([output.carry], step)
-    for got, center in zip(method.objective.buffers(), centers, strict=True):
-        torch.testing.assert_close(got, center, rtol=1e-5, atol=1e-6)
+    assert len(centers) == len(list(method.objective.buffers()))
+    for key, center in centers.items():
+        got = method.objective.get_buffer(key)
+        torch.testing.assert_close(got, center, rtol=1e-5, atol=1e-6, msg=key)
 
 
 def test_some_samples_count_and_some_do_not_in_what_is_compared():
     config = CONFIGS["udi"]
-    src, _ = published_maps(config, batch_of(), Step(0, 10, 100, seed=5))
+    src, _ = maps_of(method_of(config), batch_of(), Step(0, 10, 100, seed=5))
     of_global, of_local = (torch.stack([x.sum(-1) for x in part]) for part in (src[:2], src[2:]))
     assert 0.2 < of_global.mean() < 0.9
     assert 0.2 < of_local.mean() < 0.9

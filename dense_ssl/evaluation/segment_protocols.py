@@ -108,7 +108,7 @@ class TrainedConfig(BaseConfig):
             raise ValueError(f"there are {', '.join(cls.published)}")
         return value
 
-    @field_validator("size", mode="before")
+    @field_validator("size", "scale", mode="before")
     @classmethod
     def _both_sides(cls, value: Any) -> Any:
         return _sides(value)

@@ -16,6 +16,7 @@ from dense_ssl.published.decoupling import ibot_dc_losses
 from dense_ssl.published.distillation import ibot_losses
 from dense_ssl.published.neighbours import revisiting_losses
 from dense_ssl.published.relations import sere_losses
+from dense_ssl.published.udi import udi_losses
 from dense_ssl.schedule import Step
 
 # method, batch, step -> losses by name; the total under "loss"
@@ -29,4 +30,5 @@ SEQUENCES: Mapping[str, Sequence] = {
     "ibot": ibot_losses,
     "ibot_dc": ibot_dc_losses,
     "sere": sere_losses,
+    "udi": udi_losses,
 }
