@@ -156,14 +156,14 @@ def _sheet(
     video: Video, masks: Sequence[np.ndarray], found: Sequence[Series], protocol: str
 ) -> Image.Image:
     last = len(masks) - 1
-    chosen = [round(i * last / (_COLUMNS - 1)) for i in range(_COLUMNS)]
+    chosen = sorted({round(i * last / (_COLUMNS - 1)) for i in range(_COLUMNS)})
     frames = [read_frame(video.frames[i], video.size).permute(1, 2, 0).numpy() for i in chosen]
     colours = label_colours(max(video.objects))
     truth = [video.truth(i) for i in chosen]
     said, true = beside_truth(frames, [masks[i] for i in chosen], truth, colours)
     j, f = (100 * float(np.mean([s[k] for s in found])) for k in (0, 1))
     names = ["given", *(f"frame {i}" for i in chosen[1:])]
-    rows = [tiles_sheet(names, said, _TILE_PX), tiles_sheet(["truth"] * _COLUMNS, true, _TILE_PX)]
+    rows = [tiles_sheet(names, said, _TILE_PX), tiles_sheet(["truth"] * len(true), true, _TILE_PX)]
     title = f"{protocol}: {video.name}, {len(found)} object(s), J {j:.1f}, F {f:.1f}"
     return stacked(rows, title)
 
