@@ -58,10 +58,14 @@ def test_recipes_set_what_is_not_given():
     assert (udi.epochs, udi.warmup_epochs, udi.resampling) == (200, 20, "bilinear")
     large = finetune.Config(recipe="beit-large", epochs=3)
     assert (large.epochs, large.drop_path, large.warmup_epochs) == (3, 0.4, 5)
-    given = configs_of(["finetune"], ["recipe=beit-base", "layer_decay=0.5"])["finetune"]
+    words = ["recipe=beit-base", "layer_decay=0.5", "randaugment=", "crop_scale=0.3,1"]
+    given = configs_of(["finetune"], words)["finetune"]
     assert given.layer_decay == 0.5 and given.drop_path == 0.2
+    assert given.randaugment is None and given.crop_scale == (0.3, 1)
     with pytest.raises(UserError, match=r"^finetune: recipe: Input should be 'mae'[^;]*$"):
         configs_of(["finetune"], ["recipe=vgg"])
+    with pytest.raises(UserError, match=r"randaugment: String should match pattern '\^rand-m"):
+        configs_of(["finetune"], ["randaugment=auto"])
     with pytest.raises(UserError, match="batch_size must be a multiple of accumulate"):
         configs_of(["finetune"], ["accumulate=3"])
 
@@ -118,7 +122,7 @@ def test_mae_reads_the_mean_of_cells_under_a_norm_of_its_own():
 def test_learns_a_separable_set(halves, name):
     config = finetune.Config(
         **TINY, epochs=6, batch_size=10, lr=2e-3, layer_decay=1, min_lr=1e-3, drop_path=0,
-        randaugment="", mixup=0, cutmix=0, read="cls",
+        randaugment=None, mixup=0, cutmix=0, read="cls",
     )  # fmt: skip
     data = finetune.load(halves, config)
     backbone = network(name)
@@ -132,7 +136,7 @@ def test_random_labels_stay_at_chance(tmp_path):
     levels = range(20, 240, 40)
     write_levels(tmp_path / "train", 5, levels)
     write_levels(tmp_path / "val", 5, levels, seed=1)
-    config = finetune.Config(**TINY, epochs=3, batch_size=10, lr=1e-3, randaugment="")
+    config = finetune.Config(**TINY, epochs=3, batch_size=10, lr=1e-3, randaugment=None)
     data = finetune.load(tmp_path, config)
     train = LabelledPictures(data.train.pictures, data.train.labels[torch.randperm(30)])
     mixed = ClassifyData(data.protocol, data.classes, train, data.val, "x", data.omitted)

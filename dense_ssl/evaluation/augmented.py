@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os import getpid
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pydantic import Field
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -31,6 +32,7 @@ from dense_ssl.loaders.order import Order
 from dense_ssl.rng import fold_np, key_of
 from dense_ssl.views import ViewSpec, draw_epoch
 
+RandAugment = Annotated[str, Field(pattern=r"^rand-m\d+(-(n|inc|mstd|p)[\d.]+)*$")]
 STREAM = int.from_bytes(b"policy", "big")  # RandAugment's branch of the random numbers of a seed
 _READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -42,7 +44,7 @@ class Augmentation:
     size: int  # side in pixels
     resampling: Filter
     scale: tuple[float, float] = (0.08, 1.0)  # share of the area
-    randaugment: str = ""  # timm's description, such as rand-m9-mstd0.5-inc1; "": none
+    randaugment: str | None = None  # timm's description, such as rand-m9-mstd0.5-inc1
 
 
 class TrainingCrops:
@@ -201,7 +203,7 @@ class _Show(Dataset):
             return " ".join(str(error).split()) or type(error).__name__
         if self._augmentation.randaugment:
             with seeded(record.key):
-                crop = self._randaugment()(crop)
+                crop = self._randaugment(self._augmentation.randaugment)(crop)
         return np.asarray(crop).transpose(2, 0, 1).copy()
 
     def _crop(self, record: _Record) -> Image.Image:
@@ -217,7 +219,7 @@ class _Show(Dataset):
         crop = image.resize((side, side), resampling, box=box)
         return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if record.flipped else crop
 
-    def _randaugment(self) -> Any:
+    def _randaugment(self, description: str) -> Any:
         if self._policy is None:
             fill = tuple(min(255, round(255 * x)) for x in MEAN)
             options = {
@@ -225,7 +227,7 @@ class _Show(Dataset):
                 "img_mean": fill,
                 "interpolation": FILTERS[self._augmentation.resampling],
             }
-            self._policy = rand_augment_transform(self._augmentation.randaugment, options)
+            self._policy = rand_augment_transform(description, options)
             for operation in self._policy.ops:
                 if operation.name.startswith("Posterize"):
                     operation.aug_fn = _posterize

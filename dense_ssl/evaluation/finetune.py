@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank, world_size
 from dense_ssl.evaluation.accuracy import accuracies, chance, confusion_sheet
-from dense_ssl.evaluation.augmented import Augmentation, TrainingCrops, seeded
+from dense_ssl.evaluation.augmented import Augmentation, RandAugment, TrainingCrops, seeded
 from dense_ssl.evaluation.classify_data import (
     ClassifyData,
     Filter,
@@ -88,13 +88,13 @@ class Config(BaseConfig):
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_resampling: Filter = "bicubic"
     resampling: Filter = "bilinear"  # of validation images
-    randaugment: str = "rand-m9-mstd0.5-inc1"
+    randaugment: RandAugment | None = "rand-m9-mstd0.5-inc1"
     mixup: Annotated[float, Field(ge=0)] = 0.8
     cutmix: Annotated[float, Field(ge=0)] = 1.0  # one of the two per batch, evenly
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     erase: Annotated[float, Field(ge=0, le=1)] = 0.25  # probability of a noise rectangle
     precision: Literal["bf16", "fp32"] = "bf16"
-    subset: str = ""  # 1%, 10/class or a list file; "": all training images
+    subset: str | None = None  # 1%, 10/class or a list file; None: all training images
     seed: int = 0
     extract_batch: Annotated[int, Field(ge=1)] = 64
     workers: Annotated[int, Field(ge=0)] | None = None
@@ -106,6 +106,11 @@ class Config(BaseConfig):
     def _of_the_recipe(cls, given: Any) -> Any:
         name = given.get("recipe", "mae")
         return RECIPES.get(name, RECIPES["mae"]) | given  # an unknown name is refused by its field
+
+    @field_validator("crop_scale", mode="before")
+    @classmethod
+    def _both(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _divides(self) -> "Config":

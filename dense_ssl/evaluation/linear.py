@@ -34,7 +34,7 @@ from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank
 from dense_ssl.evaluation.accuracy import accuracies, chance, confusion_sheet
-from dense_ssl.evaluation.augmented import Augmentation, TrainingCrops, seeded
+from dense_ssl.evaluation.augmented import Augmentation, RandAugment, TrainingCrops, seeded
 from dense_ssl.evaluation.classify_data import (
     ClassifyData,
     Filter,
@@ -72,7 +72,7 @@ class Config(BaseConfig):
     resampling: Filter = "bicubic"  # of validation images
     crop_resampling: Filter = "bilinear"  # of training crops
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    randaugment: str = ""  # UDI: rand-m9-mstd0.5-inc1
+    randaugment: RandAugment | None = None  # UDI: rand-m9-mstd0.5-inc1
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of a noise rectangle; UDI: 0.25
     pool: Pool | Literal["auto"] = "auto"
     blocks: Annotated[int, Field(ge=1)] | None = None  # None: of the network, see above
@@ -87,7 +87,7 @@ class Config(BaseConfig):
     max_train: Annotated[int, Field(ge=1)] | None = None
     max_val: Annotated[int, Field(ge=1)] | None = None
 
-    @field_validator("lr", mode="before")
+    @field_validator("lr", "crop_scale", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
         if isinstance(value, str):
