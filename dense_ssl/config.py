@@ -18,6 +18,10 @@ class UserError(ValueError):
     """What the user typed or pointed at is wrong; programs print it alone and exit with 2."""
 
 
+class GaveUp(UserError):
+    """Something a run waits for does not answer: nothing is wrong with the input, and trying again may do."""
+
+
 class Config(BaseModel):
     """Base of every configuration section: frozen, and closed to unknown keys."""
 

@@ -26,11 +26,13 @@ class World:
     flags: dist.ProcessGroup | None  # gloo group for host-side agreement; None on one rank
 
 
-def init_world(device: str) -> World:
+def init_world(device: str, patience: timedelta = timedelta(minutes=20)) -> World:
     """Join the process group torchrun describes, or be alone; return this rank's place and device.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+        patience: how long a rank waits for the others. NCCL, which ends the process without a word to
+            it, waits longer than gloo, which tells.
 
     Raises:
         UserError: CUDA is asked for and there is none, or there are fewer GPUs than local ranks.
@@ -41,12 +43,11 @@ def init_world(device: str) -> World:
     if size == 1:
         return World(rank=0, size=1, device=where, flags=None)
     backend = "nccl" if where.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=10)
     if where.type == "cuda":
-        dist.init_process_group(backend, timeout=timeout, device_id=where)
+        dist.init_process_group(backend, timeout=1.5 * patience, device_id=where)
     else:
-        dist.init_process_group(backend, timeout=timeout)
-    flags = dist.new_group(backend="gloo", timeout=timeout)
+        dist.init_process_group(backend, timeout=patience)
+    flags = dist.new_group(backend="gloo", timeout=patience)
     assert isinstance(flags, dist.ProcessGroup)
     return World(rank=dist.get_rank(), size=size, device=where, flags=flags)
 

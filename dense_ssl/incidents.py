@@ -58,6 +58,11 @@ class StepGuard:
         """Keep a micro-batch, as it came from the loader, until the step is over."""
         self._batches.append(batch)
 
+    def undo(self) -> None:
+        """Take back what the forward passes of this step have moved, and forget its micro-batches."""
+        self._batches.clear()
+        self._restore()
+
     def accepts(self, scaler: torch.amp.GradScaler) -> bool:
         """Return whether the gradient is finite; the same answer on all ranks, who share it.
 
@@ -77,9 +82,7 @@ class StepGuard:
             UserError: it is the last of too many in a row.
         """
         bundle = self._folder / f"step-{step.index:08d}-rank{self._rank}.pt"
-        with torch.no_grad():
-            if self._volatile:
-                torch._foreach_copy_(self._volatile, self._before)
+        self._restore()
         self._in_a_row += 1
         self._refused += 1
         if self._refused <= BUNDLES:
@@ -113,6 +116,11 @@ class StepGuard:
     def counted(self) -> dict[str, int]:
         """Return {"refused": n} where steps have been refused since this process began."""
         return {"refused": self._refused} if self._refused else {}
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        if self._volatile:
+            torch._foreach_copy_(self._volatile, self._before)
 
     def _payload(self, step: Step, epoch: int) -> dict[str, Any]:
         return {

@@ -3,7 +3,8 @@
     python -m dense_ssl.pretrain densecl data.path=shards/coco run.dir=runs/a --gpus 8
     python -m dense_ssl.pretrain runs/a/config.yaml           # repeats or resumes the run
 
-Exit codes: 0 done, 2 the user's input is wrong, 75 stopped by a signal with everything saved.
+Exit codes: 0 done, 2 the user's input is wrong, 75 stopped by a signal with everything saved, or because
+storage or another rank does not answer; the same command resumes.
 """
 
 import argparse
@@ -12,20 +13,20 @@ import errno
 import inspect
 import os
 import sys
-import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataprep.manifest import DataError
-from dense_ssl import checkpoint
+from dense_ssl import checkpoint, lost_ranks
 from dense_ssl.augment import POLICIES, Photometry
 from dense_ssl.checkpoint_writer import CheckpointWriter
-from dense_ssl.config import UserError, dump, load
+from dense_ssl.config import GaveUp, UserError, dump, load
 from dense_ssl.distributed import Agreement, World, close_world, init_world, mean_over_ranks
 from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.incidents import StepGuard
@@ -35,6 +36,7 @@ from dense_ssl.loaders.order import Order
 from dense_ssl.loaders.prefetch import Prefetcher
 from dense_ssl.log import Meter, RunLog, StepClock, logger, peak_memory_gb, setup_logging
 from dense_ssl.methods import Method, Step, make_method, warn_of_own_keys
+from dense_ssl.micro_batches import MicroBatches, explain, free_memory
 from dense_ssl.optim import apply_schedules, clip_gradients, freeze, make_optimizer
 from dense_ssl.pretrained import start_from
 from dense_ssl.rng import key_of
@@ -45,6 +47,9 @@ from dense_ssl.step_context import autocast, seed_noise
 from kernels import launch
 
 DONE, WRONG_INPUT, STOPPED = 0, 2, 75  # 75: EX_TEMPFAIL, "try again", which schedulers requeue on
+NO_WRITING = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -65,7 +70,7 @@ def main(argv: list[str]) -> int:
     except (UserError, DataError, launch.ChoiceError) as error:
         return _refuse(str(error))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in NO_WRITING:
             where = error.filename or "the run's folder"
             return _refuse(f"{where}: {error.strerror}; free space or choose another run.dir")
         raise
@@ -74,11 +79,20 @@ def main(argv: list[str]) -> int:
 def train(config: RunConfig) -> int:
     """Run the recipe on this rank until it is done or told to stop; return the exit code."""
     # --- ranks ---------------------------------------------------------------------------------
-    world = init_world(config.run.device)
+    world = init_world(config.run.device, 2 * timedelta(minutes=config.run.stall_minutes))
     launch.choose(config.run.kernels, world.device)
     try:
         with StopRequest() as stop, claimed(Path(config.run.dir), world.rank):
             return _train(config, world, stop)
+    except GaveUp as error:
+        _leave(error)
+    except torch.OutOfMemoryError as error:
+        explain(error, config)
+    except RuntimeError as error:
+        found = lost_ranks.explained(error, world)
+        if isinstance(found, GaveUp):
+            _leave(found)
+        raise
     finally:
         close_world(world)
 
@@ -115,6 +129,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
     optimizer = make_optimizer(method.param_groups(), config.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=train_cfg.precision == "fp16")
     meter = Meter()
+    micro_batches = MicroBatches(config, order.micro_batch, world.size)
 
     # --- resume ------------------------------------------------------------------------------------
     fingerprint = data_fingerprint(source.sizes)
@@ -128,6 +143,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         meter.load_state_dict(saved["meter"], world.device)
+        micro_batches.resume(saved.get("micro_batches", 1))
         del saved
     elif train_cfg.init is not None:
         start_from(train_cfg.init, method, config.method.name)
@@ -158,8 +174,25 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "meter": meter.state_dict(),
+                "micro_batches": micro_batches.count,
             }
             writer.save(payload)
+
+    def passes(batches: Iterator[Any], step: Step, epoch: int) -> tuple[list[Any], list[Any]]:
+        """Leave the gradients of a step; return the carries and the losses of its micro-batches."""
+        carries, losses = [], []
+        guard.begin()
+        for micro, batch in micro_batches.of_step(batches, clock):
+            guard.seen(batch)
+            batch = photometry(batch, epoch)
+            seed_noise(step.at_micro(micro), world.rank)
+            with _no_sync_before_last(trained, micro, micro_batches.count):
+                with autocast(world.device, train_cfg.precision):
+                    output = trained(batch, step.at_micro(micro))
+                scaler.scale(output.loss / micro_batches.count).backward()
+            carries.append(output.carry)
+            losses.append({"loss": output.loss, **{f"loss_{k}": v for k, v in output.logs.items()}})
+        return carries, losses
 
     # --- loop --------------------------------------------------------------------------------------
     loader = make_loader(config.data, views, order, world.device, source)
@@ -168,27 +201,23 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
     guard = StepGuard(method, config, world.rank)
     saved_at = done
     stopping = False
+    patience_s = 60 * run_cfg.stall_minutes
     try:
-        for epoch, batches in _epochs(loader, order, world, done, last_step):
+        for epoch, batches in _epochs(loader, order, world, done, last_step, patience_s):
             while done < last_step and done // order.steps_per_epoch == epoch and not stopping:
                 step = Step(done, order.steps_per_epoch, train_cfg.epochs, train_cfg.seed)
-                carries, losses = [], []
-                guard.begin()
-                for micro in range(train_cfg.accumulate):
-                    waiting = time.perf_counter()
-                    batch = next(batches)
-                    clock.waited(time.perf_counter() - waiting)
-                    guard.seen(batch)
-                    batch = photometry(batch, epoch)
-                    seed_noise(step.at_micro(micro), world.rank)
-                    with _no_sync_before_last(trained, micro, train_cfg.accumulate):
-                        with autocast(world.device, train_cfg.precision):
-                            output = trained(batch, step.at_micro(micro))
-                        scaler.scale(output.loss / train_cfg.accumulate).backward()
-                    carries.append(output.carry)
-                    losses.append(
-                        {"loss": output.loss, **{f"loss_{k}": v for k, v in output.logs.items()}}
-                    )
+                micro_batches.begin()
+                made = None
+                while made is None:
+                    try:
+                        made = passes(batches, step, epoch)
+                    except torch.OutOfMemoryError as error:
+                        micro_batches.halve(error)
+                    if made is None:  # once more, in smaller pieces
+                        optimizer.zero_grad(set_to_none=True)
+                        guard.undo()
+                        free_memory()
+                carries, losses = made
                 values = apply_schedules(optimizer, config.optim, step, train_cfg.batch_size)
                 scaler.unscale_(optimizer)
                 if guard.accepts(scaler):
@@ -230,9 +259,9 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
             if stopping:
                 break
         writer.wait()
+        agreement.settle()
     finally:
         writer.close()
-        agreement.settle()
         loader.close()
         if log is not None:
             log.close()
@@ -248,12 +277,12 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
 
 
 def _epochs(
-    loader: Loader, order: Order, world: World, done: int, last_step: int
+    loader: Loader, order: Order, world: World, done: int, last_step: int, patience_s: float
 ) -> Iterator[tuple[int, Iterator[Any]]]:
     """Yield each epoch that is left with its batches on the device, the first from where it stopped."""
     for epoch in range(done // order.steps_per_epoch, -(-last_step // order.steps_per_epoch)):
         start = max(done - epoch * order.steps_per_epoch, 0)
-        with Prefetcher(loader.epoch(epoch, start), world.device) as batches:
+        with Prefetcher(loader.epoch(epoch, start), world.device, patience_s) as batches:
             yield epoch, iter(batches)
 
 
@@ -341,6 +370,13 @@ def _announce(
     if done:
         share = f"{100 * done / last_step:.0f} %"
         logger.info("resuming at step %d of %d (%s)", done, last_step, share)
+
+
+def _leave(error: GaveUp) -> NoReturn:
+    """Say why and end this process at once: threads and ranks that hang would be waited for."""
+    _refuse(str(error))
+    sys.stdout.flush()
+    os._exit(STOPPED)
 
 
 def _refuse(message: str) -> int:

@@ -38,6 +38,8 @@ class RunSection(Config):
     )
     deterministic: bool = False  # CUDA: bitwise repeatable algorithms, slower
     max_refused: Annotated[int, Field(ge=1)] = 10  # steps in a row whose gradient is not finite
+    # No batch for so long, or no word from a rank for twice as long: the run ends, and can be resumed.
+    stall_minutes: Annotated[float, Field(gt=0)] = 10
     checkpoint_every_steps: Annotated[int, Field(ge=1)] = 1000
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     keep_every_steps: Annotated[int, Field(ge=1)] | None = None

@@ -7,7 +7,7 @@ import traceback
 import pytest
 import torch
 
-from dense_ssl.config import UserError
+from dense_ssl.config import GaveUp, UserError
 from dense_ssl.crops import Crops, MultiCropBatch
 from dense_ssl.loaders.prefetch import Prefetcher
 
@@ -130,3 +130,19 @@ def test_batches_arrive_on_the_gpu_intact():
                 1
             )  # memory given out again too early shows here
             assert total.item() == (number % 200) * 2 * 3 * 3 * 224 * 224
+
+
+def test_a_batch_that_does_not_come_is_given_up():
+    answer = threading.Event()
+
+    def hanging():
+        yield numbered(0)
+        answer.wait()
+
+    with Prefetcher(hanging(), CPU, patience_s=0.2) as ready:
+        next(ready)
+        with pytest.raises(GaveUp, match="no batch for 0 s .*run.stall_minutes"):
+            next(ready)
+        with pytest.raises(StopIteration):
+            next(ready)
+    answer.set()  # closing has not waited for it

@@ -87,9 +87,9 @@ class Loader:
         self._reader.close()
 
     def _end(self) -> None:
-        if self._live is not None:
+        if self._live is not None and not self._live.gi_running:  # else it hangs in another thread
             self._live.close()
-            self._live = None
+        self._live = None
 
     def _batches(self, epoch: int, start_step: int) -> Generator[Batch]:
         source, views = self._reading.source, self._reading.views

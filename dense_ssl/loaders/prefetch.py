@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from dense_ssl.config import GaveUp
 from dense_ssl.crops import Crops, MultiCropBatch
 from dense_ssl.loaders.decoded import SourceBatch
 from dense_ssl.loaders.loader import Batch
@@ -31,15 +32,19 @@ class Prefetcher:
     Args:
         batches: consumed in the thread; each must own its memory.
         device: where the images are wanted.
+        patience_s: seconds after which a batch that does not come is given up; for ever unless told.
     """
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+    def __init__(
+        self, batches: Iterator[Batch], device: torch.device, patience_s: float | None = None
+    ) -> None:
         self.wait_s = 0.0  # seconds the user has waited for data so far
         self._batches = batches
         self._device = device
+        self._patience_s = patience_s
         self._ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(maxsize=1)
         self._closing = threading.Event()
-        self._ended = False
+        self._ended = self._stalled = False
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -50,7 +55,15 @@ class Prefetcher:
         if self._ended:
             raise StopIteration
         start = time.perf_counter()
-        item = self._ready.get()
+        try:
+            item = self._ready.get(timeout=self._patience_s)
+        except queue.Empty:
+            self._ended = self._stalled = True
+            raise GaveUp(
+                f"the loader has given no batch for {self._patience_s:.0f} s "
+                "(run.stall_minutes): its storage, or one of its workers, does not answer; "
+                "the checkpoints are intact, and the same command resumes"
+            ) from None
         self.wait_s += time.perf_counter() - start
         if isinstance(item, _Ready):
             return item.take()
@@ -71,8 +84,13 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """End the thread once it has finished the batch it works on, then close `batches`."""
+        """End the thread once it has finished the batch it works on, then close `batches`.
+
+        A thread that has been given up is left alone: it may never finish.
+        """
         self._ended = True
+        if self._stalled:
+            return
         self._closing.set()
         while self._thread.is_alive():
             try:  # room for a thread that waits to hand over a batch

@@ -1,0 +1,139 @@
+"""The micro-batches of a step: as the loader gives them, or in halves since memory has run short.
+
+Halving changes what `train.accumulate` twice as large would have changed, and nothing else: the same samples
+make up the step, each micro-batch draws its noise by its own number, and BatchNorm sees smaller groups.
+"""
+
+import gc
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import torch
+
+from dense_ssl.config import UserError
+from dense_ssl.crops import Crops, MultiCropBatch
+from dense_ssl.log import StepClock
+from dense_ssl.run_config import RunConfig
+from dense_ssl.views import ViewSpec
+
+logger = logging.getLogger("dense_ssl")
+
+
+class MicroBatches:
+    """Gives each step's micro-batches, again from the first of them after `halve`.
+
+    Attributes:
+        parts: pieces that each batch of the loader is cut into.
+    """
+
+    def __init__(self, config: RunConfig, micro_batch: int, world_size: int) -> None:
+        self.parts = 1
+        self._config, self._micro_batch, self._world_size = config, micro_batch, world_size
+        self._given: list[MultiCropBatch] = []  # by the loader, for this step
+
+    @property
+    def count(self) -> int:
+        """Micro-batches a step on each rank."""
+        return self._config.train.accumulate * self.parts
+
+    def resume(self, count: int) -> None:
+        """Go on in as many micro-batches as before, but no fewer than the configuration asks for."""
+        self.parts = max(count // self._config.train.accumulate, 1)
+
+    def begin(self) -> None:
+        """Forget the last step."""
+        self._given.clear()
+
+    def of_step(
+        self, batches: Iterator[MultiCropBatch], clock: StepClock
+    ) -> Iterator[tuple[int, MultiCropBatch]]:
+        """Yield each micro-batch of the step with its number; `clock` learns of the wait for it."""
+        for number in range(self._config.train.accumulate):
+            if number == len(self._given):
+                waiting = time.perf_counter()
+                self._given.append(next(batches))
+                clock.waited(time.perf_counter() - waiting)
+            pieces = cut(self._given[number], self._config.method.views, self.parts)
+            for piece, batch in enumerate(pieces):
+                yield number * self.parts + piece, batch
+
+    def halve(self, error: torch.OutOfMemoryError) -> None:
+        """Cut micro-batches into halves from now on, and say so.
+
+        Raises:
+            UserError: they cannot be halved any more, or several ranks would have to agree on it.
+        """
+        size = self._micro_batch // (2 * self.parts)
+        if self._world_size > 1 or not self._may_be(size):
+            explain(error, self._config, self.count if self._may_be(size) else None)
+        self.parts *= 2
+        logger.warning(
+            "%s: from here on %d micro-batches of %d images make up a step, as with train.accumulate=%d",
+            _first_line(error), self.count, size, self.count,
+        )  # fmt: skip
+
+    def _may_be(self, size: int) -> bool:
+        """Return whether micro-batches may be of `size` images."""
+        method = self._config.method
+        groups = method.backbone.bn_groups
+        return (
+            size * 2 * self.parts == self._micro_batch
+            and size % groups == 0
+            and size // groups > 1  # BatchNorm needs two of them
+            and all(int(view.part * size) >= 1 for view in method.views)
+        )
+
+
+def cut(batch: MultiCropBatch, views: Sequence[ViewSpec], parts: int) -> Iterator[MultiCropBatch]:
+    """Yield a batch in `parts` pieces of consecutive images, each as the loader would have made it.
+
+    A twin shows the last images of its micro-batch; of a piece it shows the last of that piece, whose pixels
+    and boxes are those of the view it names.
+    """
+    if parts == 1:
+        yield batch
+        return
+    size = len(batch.index) // parts
+    for start in range(0, len(batch.index), size):
+        shown: dict[str, Crops] = {}
+        for view in views:
+            rows = slice(start + size - int(view.part * size), start + size)
+            whole = batch.views[view.twin_of or view.name]
+            shown[view.name] = whole.map(lambda x, rows=rows: x[:, rows])
+        rows = slice(start, start + size)
+        yield MultiCropBatch(shown, batch.index[rows], batch.label[rows])
+
+
+def free_memory() -> None:
+    """Give back what a step that failed has left; its error must be gone by now, it holds the step."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def explain(
+    error: torch.OutOfMemoryError, config: RunConfig, micro_batches: int | None = None
+) -> NoReturn:
+    """Refuse to go on without enough memory, with what would help.
+
+    Args:
+        error: what was raised.
+        config: of the run.
+        micro_batches: of a step so far, where twice as many are possible.
+
+    Raises:
+        UserError: always.
+    """
+    accumulate = micro_batches or config.train.accumulate
+    smaller = "" if micro_batches is None else f"train.accumulate={2 * accumulate}, "
+    raise UserError(
+        f"{_first_line(error)}: take {smaller}run.checkpoint_gradients=true or a smaller "
+        "train.batch_size; the checkpoints are intact"
+    ) from None
+
+
+def _first_line(error: torch.OutOfMemoryError) -> str:
+    text = (str(error).splitlines() or [""])[0].split(". ")[0].strip().rstrip(".")
+    return text if "out of memory" in text.lower() else f"out of memory ({text})"
