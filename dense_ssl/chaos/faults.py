@@ -18,7 +18,9 @@ class Fault:
     name: str  # for --only
     title: str
     ranks: int = 1  # of the training it strikes
-    otherwise: Mapping[str, str] = field(default_factory=dict, hash=False)  # place -> why it does not apply
+    otherwise: Mapping[str, str] = field(
+        default_factory=dict, hash=False
+    )  # place -> why it does not apply
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,8 @@ def _serve() -> list[str] | None:
         pid = os.fork()
         if pid == 0:
             _become(Path(request["folder"]))
+            # What worker processes import first: the command's module, and not this one.
+            sys.modules["__main__"] = sys.modules[child.command_of(request["argv"][1]).__module__]
             return request["argv"]
         code, hung = _wait(pid, began + request["limit_s"])
         end_all_below()
