@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dense_ssl.config import UserError
 from dense_ssl.evaluation import segment, segment_train
 from dense_ssl.evaluation.label_maps import VOID, Code, read_coded, signed
+from dense_ssl.evaluation.metrics import confusion, segmentation_scores
 from dense_ssl.evaluation.segment_data import SegmentData, open_segmentation
 from dense_ssl.evaluation.segment_layouts import CITYSCAPES, VOC_CLASSES
 from dense_ssl.evaluation.segment_protocols import FcnConfig, FinetuneConfig
@@ -186,6 +188,46 @@ def test_codes_and_both_kinds_of_void(tmp_path):
     assert signed(narrow)[0, :3].tolist() == [0, 1, -1]
     with pytest.raises(ValueError, match="not R \\+ 256 G of a colour image"):
         read_coded(tmp_path / "m.png", Code({5: 0}, colours=True))
+
+
+# --- metrics
+
+
+@pytest.mark.parametrize("case", ["mixed", "absent", "one pixel", "all wrong", "wide"])
+def test_metrics_equal_scikit_learn(case):
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    truth, said = rng.integers(0, 5, (40, 50)), rng.integers(0, 5, (40, 50))
+    truth[rng.random(truth.shape) < 0.2] = -1
+    if case == "absent":  # of the truth, of the prediction, and of both
+        truth[truth == 1], said[said == 2] = 0, 0
+        truth[truth == 4], said[said == 4] = 0, 0
+    elif case == "one pixel":
+        truth, said = np.zeros((40, 50), int), np.zeros((40, 50), int)
+        truth[7, 9] = 3
+    elif case == "all wrong":
+        said = (truth + 1) % 5
+    elif case == "wide":  # a class whose number is VOID's
+        truth[truth == 3], said[said == 3] = 255, 255
+    classes = 256 if case == "wide" else 5
+    labels = torch.from_numpy(truth.astype(np.int16))
+    matrix = confusion(labels, torch.from_numpy(said), classes)
+    y, p = truth[truth >= 0], said[truth >= 0]
+    expected = metrics.confusion_matrix(y, p, labels=range(classes))
+    assert (matrix.numpy() == expected).all()
+    scores = segmentation_scores(matrix)
+    occurring = np.union1d(y, p)
+    iou = metrics.jaccard_score(y, p, labels=occurring, average="macro", zero_division=0)
+    recall = metrics.recall_score(y, p, labels=np.unique(y), average="macro", zero_division=0)
+    assert scores["mIoU"] == pytest.approx(100 * iou)
+    assert scores["mAcc"] == pytest.approx(100 * recall)
+    assert scores["aAcc"] == pytest.approx(100 * metrics.accuracy_score(y, p))
+
+
+def test_nothing_but_void_is_no_score():
+    matrix = confusion(torch.full((4, 4), -1), torch.zeros(4, 4, dtype=torch.int64), 3)
+    with pytest.raises(ValueError, match="no labelled pixel"):
+        segmentation_scores(matrix)
 
 
 def test_real_voc_under_a_protocol(real_images):

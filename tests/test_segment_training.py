@@ -2,11 +2,13 @@
 
 import colorsys
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from PIL import Image
 from timm.models.resnet import BasicBlock, ResNet
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from dataprep.synthetic import write_camvid_discs
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
+from dense_ssl.distributed import close_world, init_world
 from dense_ssl.evaluation import segment_train
 from dense_ssl.evaluation.__main__ import main
 from dense_ssl.evaluation.features import FeatureCache
@@ -384,6 +387,49 @@ def test_crops_are_the_same_whoever_makes_them(discs):
     assert alone[0][0].shape == (4, 3, 48, 64) and alone[0][1].dtype == torch.int16
     with pytest.raises(UserError, match="8 images make no batch of 9; lower batch_size"):
         TrainingCrops(data.train, config.model_copy(update={"batch_size": 9}), Omissions())
+
+
+# Score sums over labelled pixels differ between ranks, so that only sums over all pixels can agree.
+RANKED = FinetuneConfig(
+    **SMALL, lr=1e-3, lr_per=None, steps=3, drop_path=0.0, loss_over="all", loss_stride=None
+)
+
+
+def _network():
+    torch.manual_seed(0)
+    return make_backbone(BackboneConfig(name="test_vit")).eval()
+
+
+def _on_a_rank(rank, port, root, folder):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
+        MASTER_PORT=port,
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    world = init_world("cpu")
+    cache = FeatureCache(folder, "w")
+    values = segment_train.run(_network(), segment_train.load(root, RANKED), RANKED, cache)
+    torch.save(values, folder / f"{rank}.pt")
+    close_world(world)
+
+
+def test_two_ranks_train_and_judge_as_one(discs, tmp_path):
+    context = mp.get_context("spawn")
+    port = str(20000 + abs(hash(str(tmp_path))) % 20000)
+    ranks = [context.Process(target=_on_a_rank, args=(r, port, discs, tmp_path)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    data = segment_train.load(discs, RANKED)
+    alone = segment_train._trained(_network(), data, RANKED, None).state_dict()
+    values = segment_train.run(_network(), data, RANKED)
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert torch.load(tmp_path / "0.pt") == torch.load(tmp_path / "1.pt")
+    assert torch.load(tmp_path / "0.pt") == pytest.approx(values, abs=1)
+    together = torch.load(next(tmp_path.rglob("step-*.pt")))["model"]
+    for name, value in together.items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=2e-4)
 
 
 def test_unreadable_images_are_replaced_and_left_out(discs, tiny_resnet, tmp_path):

@@ -10,10 +10,15 @@ a run, a published checkpoint and timm's weights are evaluated by the same words
 |----------------|---------------------------------------|---------------------|-------------------|
 | knn            | train/CLASS/*, val/CLASS/*            | knn/v1              | knn.py            |
 | knn            | COCO: annotations/instances_*.json    | knn-objects/v1      | knn.py            |
-| segment        | COCO, or CamVid: train/, trainannot/  | segment-linear/v1   | segment.py        |
+| segment-linear | COCO, or as segment_layouts.py lists  | segment-linear/v1   | segment.py        |
+| segment        | the same: its other name              | segment-linear/v1   | segment.py        |
 | correspondence | any folder of images, or shards       | correspondence/v1   | correspondence.py |
 | davis          | DAVIS-2017: JPEGImages/, Annotations/ | davis-dino/v1       | davis.py          |
 | davis          | the same, `settings=revisiting`       | davis-revisiting/v1 | davis.py          |
 | hummingbird    | as segment                            | hummingbird/v1      | hummingbird.py    |
 | retrieve       | as segment                            | retrieve-kmeans/v1  | retrieve.py       |
+
+Trained end to end on the data of `segment`: segment-fcn, segment-upernet, segment-fpn, segment-frozen and
+segment-finetune. `settings=` chooses the published numbers (segment_protocols.py); the protocol is called
+TASK/SETTINGS/v1.
 """

@@ -165,8 +165,8 @@ def _train(
             model.train()
         if done == total or job.due():
             _require_finite(model, done)
-            share_buffers(model)
             job.keep(model, optimizer, done)
+    share_buffers(model)
     progress.close()
 
 
@@ -194,7 +194,7 @@ class _Job:
             self.best = {"score": score, "model": state}
 
     def due(self) -> bool:
-        """Return whether the last state is old enough; ranks need not agree, rank 0 alone writes."""
+        """Return whether the last state is old enough; ranks need not agree, as rank 0 alone writes."""
         return self._folder is not None and time.monotonic() - self._kept >= _KEEP_SECONDS
 
     def keep(self, model: Segmenter, optimizer: Optimizer, step: int) -> None:
