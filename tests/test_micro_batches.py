@@ -9,6 +9,7 @@ import yaml
 from dataprep.synthetic import write_random_images
 from dense_ssl import pretrain
 from dense_ssl.config import UserError, validate
+from dense_ssl.crops import MultiCropBatch
 from dense_ssl.loaders import DataConfig, make_loader
 from dense_ssl.loaders.order import Order
 from dense_ssl.methods.moco import MoCo
@@ -83,7 +84,7 @@ def losses(folder):
 def batches_of(images, accumulate):
     data = DataConfig(path=str(images), loader="folder", workers=0)
     loader = make_loader(data, VIEWS, Order(24, 8, accumulate=accumulate), torch.device("cpu"))
-    return list(loader.epoch(0))
+    return [batch for batch in loader.epoch(0) if isinstance(batch, MultiCropBatch)]
 
 
 def test_pieces_are_what_the_loader_gives_for_more_accumulation(images):
