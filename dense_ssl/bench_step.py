@@ -88,6 +88,7 @@ def measure(config: RunConfig, images: int, device: torch.device) -> list[Row]:
     def backward(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
             method.zero_grad(set_to_none=True)
+            torch.manual_seed(SEED)  # both drop the same paths
             with torch.autocast(device.type, torch.bfloat16, config.train.precision == "bf16"):
                 value = loss()
             value.backward()
