@@ -26,6 +26,7 @@ def launch_ranks(ranks: int, argv: list[str]) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
+        run_id="pretrain",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,

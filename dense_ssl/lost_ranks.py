@@ -4,8 +4,10 @@ A collective that fails tells one of its ranks that another did not answer, and 
 collective failed signs a list that all can read; whoever has not signed it a moment later is named.
 """
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 
 import torch.distributed as dist
 
@@ -19,24 +21,34 @@ _SAID = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed
 GRACE_S = 3.0  # the others' collectives fail within a moment of ours
 
 
-def explained(error: RuntimeError, world: World, grace_s: float = GRACE_S) -> Exception:
-    """Return `error` itself, or, where it says that a rank does not answer, what to tell the user."""
-    text = str(error)
-    if world.size == 1 or not (
-        isinstance(error, dist.DistError) or any(word in text for word in _SAID)
-    ):
-        return error
-    missing = _missing(world, grace_s)
-    if not missing:
-        return GaveUp(
-            f"{_named([world.rank])} lost the others ({text.splitlines()[0][:200]}); "
-            "the checkpoints are intact, and the same command resumes"
-        )
-    waited = "does not answer" if len(missing) == 1 else "do not answer"
-    return GaveUp(
-        f"{_named(missing)} of {world.size} {waited}: dead, or hanging for longer than twice "
-        "run.stall_minutes; the checkpoints are intact, and the same command resumes"
-    )
+@contextlib.contextmanager
+def named(world: World, grace_s: float = GRACE_S) -> Iterator[None]:
+    """Turn what a collective raises because a rank does not answer into one sentence with its number.
+
+    Raises:
+        GaveUp: instead of that; any other error passes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or not _of_a_lost_rank(error):
+            raise
+        missing = _missing(world, grace_s)
+        first_line = (str(error).splitlines() or [""])[0][:200]
+        if not missing:
+            who = f"rank {world.rank} has lost the others ({first_line})"
+        elif len(missing) == 1:
+            who = f"rank {missing[0]} of {world.size} does not answer"
+        else:
+            who = f"ranks {', '.join(map(str, missing))} of {world.size} do not answer"
+        raise GaveUp(
+            f"{who}: dead, or hanging for longer than twice run.stall_minutes; the checkpoints are "
+            "intact, and the same command resumes"
+        ) from None
+
+
+def _of_a_lost_rank(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _SAID)
 
 
 def _missing(world: World, grace_s: float) -> list[int]:
@@ -49,8 +61,3 @@ def _missing(world: World, grace_s: float) -> list[int]:
     except (RuntimeError, ValueError) as error:  # who keeps the list is gone as well
         logger.debug("%s", error)
         return []
-
-
-def _named(ranks: list[int]) -> str:
-    numbers = ", ".join(str(rank) for rank in ranks)
-    return f"rank {numbers}" if len(ranks) == 1 else f"ranks {numbers}"

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataprep.manifest import DataError
-from dense_ssl import checkpoint, lost_ranks
+from dense_ssl import checkpoint
 from dense_ssl.augment import POLICIES, Photometry
 from dense_ssl.checkpoint_writer import CheckpointWriter
 from dense_ssl.config import GaveUp, UserError, dump, load
@@ -35,6 +35,7 @@ from dense_ssl.loaders import Loader, make_loader, open_source
 from dense_ssl.loaders.order import Order
 from dense_ssl.loaders.prefetch import Prefetcher
 from dense_ssl.log import Meter, RunLog, StepClock, logger, peak_memory_gb, setup_logging
+from dense_ssl.lost_ranks import named
 from dense_ssl.methods import Method, Step, make_method, warn_of_own_keys
 from dense_ssl.micro_batches import MicroBatches, explain, free_memory
 from dense_ssl.optim import apply_schedules, clip_gradients, freeze, make_optimizer
@@ -82,17 +83,12 @@ def train(config: RunConfig) -> int:
     world = init_world(config.run.device, 2 * timedelta(minutes=config.run.stall_minutes))
     launch.choose(config.run.kernels, world.device)
     try:
-        with StopRequest() as stop, claimed(Path(config.run.dir), world.rank):
+        with StopRequest() as stop, claimed(Path(config.run.dir), world.rank), named(world):
             return _train(config, world, stop)
     except GaveUp as error:
         _leave(error)
     except torch.OutOfMemoryError as error:
         explain(error, config)
-    except RuntimeError as error:
-        found = lost_ranks.explained(error, world)
-        if isinstance(found, GaveUp):
-            _leave(found)
-        raise
     finally:
         close_world(world)
 

@@ -1,0 +1,65 @@
+"""A rank that is gone or hangs is named by the others; other errors stay what they are."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dense_ssl.config import GaveUp
+from dense_ssl.distributed import World, init_world
+from dense_ssl.lost_ranks import named
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), flags=None)
+ONE_OF_TWO = World(rank=0, size=2, device=torch.device("cpu"), flags=None)
+
+
+def _rank(rank, port, how, folder):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+        MASTER_ADDR="localhost", MASTER_PORT=port,
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    world = init_world("cpu", timedelta(seconds=3 if how == "hangs" else 60))
+    dist.all_reduce(torch.ones(2))
+    if rank == 1:
+        if how == "hangs":
+            time.sleep(60)
+        os._exit(0)
+    try:
+        with named(world, grace_s=0.5):
+            for _ in range(50):
+                dist.all_reduce(torch.ones(2))
+    except GaveUp as error:
+        (folder / str(rank)).write_text(str(error))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["is dead", "hangs"])
+def test_the_other_says_which_one(how, tmp_path):
+    context = mp.get_context("spawn")
+    port = str(20000 + abs(hash(str(tmp_path))) % 20000)
+    ranks = [context.Process(target=_rank, args=(r, port, how, tmp_path)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    ranks[0].join(120)
+    ranks[1].kill()
+    ranks[1].join()
+    text = (tmp_path / "0").read_text()
+    assert text.startswith("rank 1 of 2 does not answer")
+    assert "run.stall_minutes" in text
+
+
+def test_other_errors_pass():
+    for world, text in ((ONE_OF_TWO, "size mismatch"), (ALONE, "Connection closed by peer")):
+        with pytest.raises(RuntimeError, match=text), named(world):
+            raise RuntimeError(text)
+
+
+def test_without_the_list_it_says_who_has_lost_the_others():
+    with pytest.raises(GaveUp, match="rank 0 has lost the others .Connection closed by peer"):
+        with named(ONE_OF_TWO, grace_s=0):
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
