@@ -112,6 +112,13 @@ def check(path: Path) -> str | None:
     return None
 
 
+def damage_of(path: Path) -> str | None:
+    """Return what is wrong with any checkpoint file, or None: also where no checksum of ours is beside it."""
+    path = path.resolve()  # of `last.pt`
+    ours = path.name.startswith("step-") and path.with_suffix(".json").is_file()
+    return check(path) if ours else None
+
+
 def read(path: Path) -> dict[str, Any]:
     """Return the payload of one of our checkpoint files, on the CPU, with code refused.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dense_ssl import plain_pickle
 from dense_ssl.backbones import Backbone, BackboneConfig, make_backbone
-from dense_ssl.checkpoint import FORMAT
+from dense_ssl.checkpoint import FORMAT, damage_of
 from dense_ssl.config import UserError, validate
 from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.layouts import (
@@ -180,6 +180,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
+    damage = damage_of(path)
+    if damage is not None:
+        raise UserError(f"{path}: {damage}; give an older one of its folder")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)

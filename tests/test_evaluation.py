@@ -257,6 +257,25 @@ def test_features_are_kept_by_weights_and_content(tmp_path):
     assert knn.run(backbone, knn.load(tmp_path / "d", config), config, cache)["top1@1"] > 80
 
 
+def test_an_image_that_was_away_counts_again_once_it_is_back(tmp_path):
+    write_colour_folders(tmp_path / "d/train", 3)
+    write_colour_folders(tmp_path / "d/val", 2)
+    config = knn.Config(size=32, k=(1,))
+    cache = FeatureCache(tmp_path / "features", "a" * 64)
+    backbone, image = ColourBackbone(), tmp_path / "d/val/class_0/0.jpg"
+    data = knn.load(tmp_path / "d", config)
+    image.rename(tmp_path / "away")  # storage hiccups: after it was listed, and with the same stamp
+    knn.run(backbone, data, config, cache)
+    assert any("image not readable" in line for line in data.omitted.lines())
+    calls = backbone.calls
+    knn.run(backbone, data, config, cache)
+    assert backbone.calls == calls  # still away: nothing to compute
+    (tmp_path / "away").rename(image)
+    data = knn.load(tmp_path / "d", config)
+    knn.run(backbone, data, config, cache)
+    assert data.omitted.lines() == []
+
+
 def test_reading_ahead_keeps_the_order():
     got = list(in_order(lambda i: torch.tensor(i), range(300), ahead=7))
     assert [int(x) for x in got] == list(range(300))

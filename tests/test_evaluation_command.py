@@ -176,3 +176,14 @@ def test_table_lines_up():
     head, _, row = results.table(found).splitlines()
     assert row.split() == ["knn/v1", "top1@20", "51.25", "30.00", "+21.25", "10.00"]
     assert len(head) == len(row)
+
+
+def test_short_memory_is_one_sentence(monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr("dense_ssl.evaluation.__main__.evaluate", full)
+    assert main(["knn", "--checkpoint", "random:resnet18", "--data", "."]) == 2
+    assert capsys.readouterr().err == (
+        "error: CUDA out of memory: take a smaller batch_size or size\n"
+    )

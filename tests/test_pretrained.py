@@ -182,6 +182,20 @@ def test_damaged_and_foreign_files_give_one_sentence(tmp_path, trunk):
         read_checkpoint(tmp_path / "nothing.pth")
 
 
+def test_a_flipped_bit_in_our_own_checkpoint_is_noticed(tmp_path, densecl):
+    _, state = densecl
+    path = save_run(tmp_path, DenseCLConfig(**SMALL), state)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16  # within a tensor: torch reads it without a word
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    for spec in (str(tmp_path), str(path), str(path.with_name("last.pt"))):
+        with pytest.raises(UserError, match="do not match its checksum"):
+            load_backbone(spec)
+    path.with_suffix(".json").unlink()  # taken away from its run, it is a file like others
+    load_backbone(str(path))
+
+
 # --- load_backbone ---------------------------------------------------------------------------------
 
 

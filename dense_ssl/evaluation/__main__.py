@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from dense_ssl.config import UserError
 from dense_ssl.evaluation.results import RESULTS, table
 from dense_ssl.evaluation.suite import TASKS, evaluate, task_names
@@ -60,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        first = (str(error).splitlines() or [""])[0].split(". ")[0]
+        print(f"error: {first}: take a smaller batch_size or size", file=sys.stderr)
         return 2
     if os.environ.get("RANK", "0") != "0":
         return 0

@@ -27,6 +27,7 @@ from dense_ssl.loaders import share_of_cores
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+_UNREADABLE = (OSError, ValueError, SyntaxError)  # Pillow's three ways to refuse a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ def extract(
     device = next(backbone.parameters()).device
     path = cache.path(f"{device.type}\0{precision}\0{key}") if cache else None
     stored = _load(path)
+    if stored is not None and any(_readable(read, images[at]) for at in stored["lost"].tolist()):
+        stored = None  # what could not be read then has come back
     known = everyone(stored is not None)  # of all ranks, so that they go the same way
     if stored is None or not all(known):
         share = range(rank(), len(images), world_size())
@@ -160,7 +163,7 @@ def _compute(
     def read_one(position: int) -> Tensor:
         try:
             return read(images[position])
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's three ways to refuse a file
+        except _UNREADABLE as error:
             lost[position] = str(error) or type(error).__name__
             return torch.empty(0)
 
@@ -196,6 +199,14 @@ def _compute(
         "lost": torch.tensor(order, dtype=torch.int64),
         "reasons": [lost[position] for position in order],
     }
+
+
+def _readable(read: Callable[[T], Tensor], image: T) -> bool:
+    try:
+        read(image)
+    except _UNREADABLE:
+        return False
+    return True
 
 
 def _merged(parts: Sequence[dict]) -> dict:
