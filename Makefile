@@ -36,8 +36,8 @@ verify: setup ## re-check a shard set against its manifest   DATA=shards/coco
 preview: setup ## what a method will see of some data, before any training   METHOD=densecl DATA=shards/coco [OUT=preview.html ARGS="--images 8"]
 	@$(PY) -m dense_ssl.preview $(METHOD) --data "$(DATA)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-pretrain: setup ## pre-train, or resume the same RUN   METHOD=densecl [DATA= RUN= GPUS= ARGS="optim.lr=0.3 train.epochs=800"]
-	@$(PY) -m dense_ssl.start $(METHOD) $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
+pretrain: setup ## pre-train, or resume the same RUN   METHOD=densecl [DATA= RUN= GPUS= EVAL=knn,linear EVAL_DATA= ARGS="optim.lr=0.3 train.epochs=800"]
+	@$(PY) -m dense_ssl.start $(METHOD) $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(if $(GPUS),--gpus $(GPUS)) $(if $(EVAL),--eval $(EVAL)) $(if $(EVAL_DATA),--eval-data "$(EVAL_DATA)") $(if $(EVAL_ARGS),--eval-args "$(EVAL_ARGS)") $(ARGS)
 
 eval: setup ## evaluate a run, a checkpoint or timm:NAME   RUN=runs/a DATA= [TASKS=knn,segment ARGS=]
 	@$(PY) -m dense_ssl.evaluation $(TASKS) --checkpoint "$(RUN)" --data "$(DATA)" $(ARGS)

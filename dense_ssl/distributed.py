@@ -105,7 +105,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def shuffle_indices(perm: Tensor, G: int) -> list[Tensor]:
-    """Return, for each of G ranks, which gathered samples it encodes (moco.md 2.5, step 4)."""
+    """Return, for each of G ranks, which gathered samples it encodes (MoCo, arXiv:1911.05722, step 4)."""
     return list(perm.view(G, -1))
 
 
@@ -115,7 +115,7 @@ def unshuffle_indices(perm: Tensor, G: int) -> list[Tensor]:
 
 
 class BatchShuffle:
-    """Shuffled BatchNorm: encode other samples than one's own, then hand them back (moco.md 2.5).
+    """Shuffled BatchNorm: encode other samples than one's own, then hand them back (MoCo, arXiv:1911.05722).
 
     With `groups` BatchNorm groups per rank the permutation spans all ranks' groups, so one device with
     8 groups shuffles as 8 devices do. With one group in all there is nothing to shuffle.

@@ -101,6 +101,6 @@ Number = Annotated[Schedule, BeforeValidator(_number_is_constant)]
 
 
 def cosine_lr(lr0: float, e: int, E: int) -> float:
-    """Return the learning rate of epoch e of E, cosine per epoch (moco.md section 5)."""
+    """Return the learning rate of epoch e of E, cosine per epoch (MoCo, arXiv:1911.05722)."""
     step = Step(index=e, steps_per_epoch=1, epochs=E)
     return Schedule(start=lr0, shape="cosine", per="epoch").at(step)

@@ -52,7 +52,7 @@ from dense_ssl.visualise_places import place_rows
 
 KINDS = ("crops", "masks", "correspondence", "attention", "pca", "neighbours", "places")
 WHOLE_PX = 320  # shorter side of whole images, for attention and pca
-SIMILARITY = 0.9  # of matches worth a line: the authors' own picture (densecl.md 7.5)
+SIMILARITY = 0.9  # of matches worth a line: the authors' own picture (DenseCL)
 
 
 def draw(run: Path, kind: str, out: Path, count: int, epoch: int, size: int | None) -> None:

@@ -86,7 +86,7 @@ TRACEBACK = "Traceback (most recent call last):\n  File ...\nKeyError: 'x'\n"
         (Outcome(1, err=TRACEBACK), DONE, RESULT, Kind.FAILED, "traceback: KeyError: 'x'"),
         (Outcome(-9, hung=True, seconds=9), DONE, RESULT, Kind.FAILED, "not end within 9 s"),
         (Outcome(75), Outcome(2, err=SENTENCE), RESULT, Kind.FAILED, "ended with code 2"),
-        (Outcome(75), DONE, RESULT | {"weights": "abd"}, Kind.FAILED, "weights not as in"),
+        (Outcome(75), DONE, RESULT | {"weights": "abx"}, Kind.FAILED, "weights not as in"),
         (Outcome(75), DONE, {}, Kind.FAILED, "weights and log not as in"),
     ],
 )  # fmt: skip

@@ -35,7 +35,7 @@ def backbone(name: str, **options):
 def test_revisiting_has_the_published_number_of_parameters():
     with torch.device("meta"):
         head = RevisitingFcn(2048, 21, 6)
-    assert count(head) == 5_314_816  # revisiting.md 7.2
+    assert count(head) == 5_314_816  # Van Gansbeke et al. 2021
     trunk = backbone("resnet50")
     assert count(trunk) + count(head) == 28_822_848
     stages = ResNetStages(trunk, (2, 1), (1, 2), contracted=False)

@@ -34,7 +34,9 @@ class ResNetBackbone(Backbone):
         if config.init == "dino":
             raise UserError("method.backbone.init: dino is how ViTs start; a ResNet takes fan_in")
         if config.class_tokens > 1:
-            raise UserError("method.backbone.class_tokens: a ResNet has no class tokens; take a ViT")
+            raise UserError(
+                "method.backbone.class_tokens: a ResNet has no class tokens; take a ViT"
+            )
         if config.init != "timm":
             initialise_convolutions(self.trunk, config.init)
         if config.bn_groups > 1:
@@ -97,7 +99,7 @@ def _once(stage: nn.Module):  # noqa: ANN202
 class GroupedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose batch statistics are taken over groups of consecutive samples.
 
-    One device with G groups of B samples then trains like G devices with B samples each (moco.md 2.5):
+    One device with G groups of B samples then trains like G devices with B samples each (MoCo, sec. 3.3):
     without it a single-device run has nothing to shuffle, and batch statistics betray the positive.
     Running statistics move by the mean over groups.
     """

@@ -2,7 +2,7 @@
 
 Every cell of one crop is matched with the most similar cell (cosine) of the other. The boxes tell where its
 centre really lies; cells that the other crop does not show count nowhere. This is the measure behind
-iBOT's pictures of correspondence (ibot.md 8.10), at the accuracy of a cell: `same-cell` is the share of
+iBOT's pictures of correspondence, at the accuracy of a cell: `same-cell` is the share of
 matches whose cell holds the true point, `one-cell` of those within one cell of it on either axis (boxes as
 DenseCL's matching is judged in `make visualise KIND=correspondence`). A coarser grid makes both easier:
 compare networks of the same stride, or the gain over chance.

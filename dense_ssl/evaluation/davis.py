@@ -1,8 +1,8 @@
 """DAVIS-2017 by label propagation: the first frame's masks carried along a video by frozen cells.
 
-Two published settings. `dino` (DINO, iBOT, SERE, UDI; ibot.md 8.8): shorter side 480 and the other a
+Two published settings. `dino` (DINO, iBOT, SERE, UDI): shorter side 480 and the other a
 multiple of 64, the first and seven recent frames, a square neighbourhood of 12 cells, the five most similar,
-temperature 0.1. `revisiting` (Jabri et al. 2020, Van Gansbeke et al. 2021; revisiting.md 7.4): native size,
+temperature 0.1. `revisiting` (Jabri et al. 2020, Van Gansbeke et al. 2021): native size,
 the first frame whole and 20 recent ones, a disc of 12 cells, ten, 0.05. ViTs give their last patch tokens;
 ResNets in both settings the third stage at stride 8. J and F by the official rules: per object, first and
 last frame left out, mean over objects.

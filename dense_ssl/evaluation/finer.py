@@ -33,7 +33,7 @@ def dilated(backbone: Backbone, stride: int) -> Backbone:
 class ThirdStage(nn.Module):
     """A ResNet up to its third stage, whose convolutions take steps of one: stride 8, nothing dilated.
 
-    Jabri et al. 2020 propagate labels with these features (revisiting.md 7.4).
+    Jabri et al. 2020 propagate labels with these features.
     """
 
     stride = 8

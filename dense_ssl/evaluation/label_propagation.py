@@ -43,9 +43,9 @@ class Rules:
         return self.radius if self.shape == "square" else max(self.radius - 1, 0)
 
 
-# revisiting.md 7.4: 20 frames and the first, disc of 12, ten, 0.05
+# Van Gansbeke et al. 2021: 20 frames and the first, disc of 12, ten, 0.05
 REVISITING = Rules(20, True, "disc", 12, True, 10, False, 0.05)
-# ibot.md 8.8: 7 frames and the first, square of 12, five, 0.1
+# iBOT: 7 frames and the first, square of 12, five, 0.1
 DINO = Rules(7, False, "square", 12, False, 5, True, 0.1)
 
 

@@ -1,4 +1,4 @@
-"""How image retrieval and copy detection are scored (ROxford, RParis, Copydays; ibot.md 8.9)."""
+"""How image retrieval and copy detection are scored (ROxford, RParis, Copydays; iBOT)."""
 
 from collections.abc import Mapping, Sequence
 

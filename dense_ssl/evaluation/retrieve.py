@@ -1,4 +1,4 @@
-"""Segment retrieval (MaskContrast, arXiv:2102.06191, as Van Gansbeke et al. 2021 use it; revisiting.md 7.3).
+"""Segment retrieval (MaskContrast, arXiv:2102.06191, as Van Gansbeke et al. 2021 use it).
 
 Every image is cut into segments, each stands for its mean feature. A validation segment gets the class of
 its nearest training segment (cosine), and mIoU is over the pixels of the whole split, all at one size. The

@@ -89,7 +89,7 @@ def any_scale(
     max_share: float,
     resampling: Resampling,
 ) -> Sample:
-    """Return a crop of the image at a random scale, mirrored and distorted (densecl.md 7.2).
+    """Return a crop of the image at a random scale, mirrored and distorted (DenseCL).
 
     Of ten crops the first is taken in which no class has `max_share` of the labelled pixels or more, else
     the last. What the image does not fill is of the mean colour, without labels.
@@ -106,7 +106,7 @@ def any_scale(
 def listed_scale(
     sample: Sample, draws: Draws, *, size: tuple[int, int], resampling: Resampling
 ) -> Sample:
-    """Return a crop at one of seven scales, mirrored (revisiting.md 7.2, Cityscapes)."""
+    """Return a crop at one of seven scales, mirrored (Van Gansbeke et al. 2021, Cityscapes)."""
     image, labels = sample
     factor = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)[draws.below(7)]
     height, width = (int(side * factor) for side in labels.shape)
@@ -125,7 +125,7 @@ def rotate_zoom(
 ) -> Sample:
     """Return the image mirrored, turned up to 5 degrees, zoomed by 0.75 to 1.25, and squashed to `size`.
 
-    Around the turned image all is black, with the label `fill` (revisiting.md 7.2, VOC).
+    Around the turned image all is black, with the label `fill` (Van Gansbeke et al. 2021, VOC).
     """
     sample = _mirrored(sample, draws)
     degrees, zoom = draws.uniform(-5, 5), draws.uniform(0.75, 1.25)
@@ -135,7 +135,7 @@ def rotate_zoom(
 
 
 def resized_crop(sample: Sample, draws: Draws, *, size: tuple[int, int]) -> Sample:
-    """Return 14 to 100 % of the image at `size`, mirrored, recoloured and blurred (sere.md 7.2)."""
+    """Return 14 to 100 % of the image at `size`, mirrored, recoloured and blurred (SERE)."""
     image, labels = sample
     x, y, width, height = _crop_box(labels.shape, draws)
     box = (x, y, x + width, y + height)
@@ -180,7 +180,7 @@ def distorted(image: np.ndarray, draws: Draws) -> np.ndarray:
     """Return an image with other brightness, contrast, saturation and hue, each with probability 1/2.
 
     Brightness moves by up to 32 of 255, contrast and saturation by factors of 0.5 to 1.5, hue by up to 36
-    degrees; contrast comes before the colours or after them (densecl.md 7.2).
+    degrees; contrast comes before the colours or after them (DenseCL).
     """
     if draws.chance(0.5):
         image = _clipped(image + np.float32(draws.uniform(-32, 32)))

@@ -13,7 +13,7 @@ _DROPOUT = 0.1  # of whole channels before the classifier
 
 
 class RevisitingFcn(nn.Sequential):
-    """Two dilated 3 x 3 convolutions and a classifier without bias (revisiting.md 7.2).
+    """Two dilated 3 x 3 convolutions and a classifier without bias (Van Gansbeke et al. 2021).
 
     Reads the last map. Starts as torch makes it.
     """
@@ -135,7 +135,7 @@ class LinearHead(nn.Module):
 
 
 class CellHead(nn.Module):
-    """LayerNorm and one linear layer on the cells (sere.md 7.2)."""
+    """LayerNorm and one linear layer on the cells (SERE)."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()

@@ -192,7 +192,7 @@ def _ade20k(home: Path) -> Layout:
 
 
 def _imagenet_s(root: Path) -> Layout:
-    """ImageNet-S: class 0 is `other`, then the synsets in order; 1000 is ignored (sere.md 7.2)."""
+    """ImageNet-S: class 0 is `other`, then the synsets in order; 1000 is ignored (SERE)."""
     synsets = sorted(path.name for path in (root / "train-semi").glob("n*") if path.is_dir())
     train, val = (
         tuple(

@@ -202,7 +202,7 @@ _UPERNET: dict[str, Any] = _MMSEG | {
 
 
 class FcnConfig(TrainedConfig):
-    """Dilated ResNets (densecl.md 7.2, revisiting.md 7.2)."""
+    """Dilated ResNets (DenseCL, Van Gansbeke et al. 2021)."""
 
     task: ClassVar[str] = "segment-fcn"
     published: ClassVar[dict[str, Published]] = {
@@ -229,7 +229,7 @@ class FcnConfig(TrainedConfig):
 
 
 class UperNetConfig(TrainedConfig):
-    """UperNet on a ViT's pyramid, or a ResNet's stages (ibot.md 8.7)."""
+    """UperNet on a ViT's pyramid, or a ResNet's stages (iBOT)."""
 
     task: ClassVar[str] = "segment-upernet"
     published: ClassVar[dict[str, Published]] = {
@@ -243,7 +243,7 @@ class UperNetConfig(TrainedConfig):
 
 
 class FpnConfig(TrainedConfig):
-    """Semantic FPN (udi.md 8): a ViT without class tokens, its levels all at the patch's stride."""
+    """Semantic FPN (UDI): a ViT without class tokens, its levels all at the patch's stride."""
 
     task: ClassVar[str] = "segment-fpn"
     published: ClassVar[dict[str, Published]] = {
@@ -257,7 +257,7 @@ class FpnConfig(TrainedConfig):
 
 
 class FrozenConfig(TrainedConfig):
-    """A linear layer on four frozen levels of a ViT beside each other (ibot.md 8.7)."""
+    """A linear layer on four frozen levels of a ViT beside each other (iBOT)."""
 
     task: ClassVar[str] = "segment-frozen"
     published: ClassVar[dict[str, Published]] = {
@@ -266,7 +266,7 @@ class FrozenConfig(TrainedConfig):
 
 
 class FinetuneConfig(TrainedConfig):
-    """Few labelled images of ImageNet-S, the whole network trained (sere.md 7.2)."""
+    """Few labelled images of ImageNet-S, the whole network trained (SERE)."""
 
     task: ClassVar[str] = "segment-finetune"
     published: ClassVar[dict[str, Published]] = {

@@ -122,7 +122,7 @@ class ViTLevels(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Four maps of one stride made into strides 1/4, 1/2, 1 and 2 times that (ibot.md 8.6)."""
+    """Four maps of one stride made into strides 1/4, 1/2, 1 and 2 times that (iBOT)."""
 
     def __init__(self, levels: ViTLevels) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features, from 1 % or 10 % of the labels (ibot.md 8.3; DINO's, UDI's).
+"""Logistic regression on frozen features, from 1 % or 10 % of the labels (iBOT's, DINO's, UDI's).
 
 L2-normalised class tokens; multinomial logistic loss, no intercept, penalty lambda / (2 n) on the squared
 weights with lambda of 0.01, 0.1 and 1, at most 100 iterations. scikit-learn's C is 1 / lambda.

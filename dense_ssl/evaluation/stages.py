@@ -1,4 +1,4 @@
-"""Features of a ResNet's stages, pooled as OpenSelfSup's linear SVM specifies (densecl.md 7.1)."""
+"""Features of a ResNet's stages, pooled as OpenSelfSup's linear SVM specifies (DenseCL)."""
 
 from collections.abc import Sequence
 from typing import Any

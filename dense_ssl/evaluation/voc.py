@@ -1,7 +1,7 @@
 """The counting rules of the PASCAL VOC protocols, as the dense papers use them.
 
-Detection: 11-point average precision (VOC 2007, moco.md 7.2). Linear SVM on VOC07: the cost grid, the
-specified pooling and the interpolated average precision of the OpenSelfSup protocol (densecl.md 7.1).
+Detection: 11-point average precision (VOC 2007). Linear SVM on VOC07: the cost grid, the
+specified pooling and the interpolated average precision of the OpenSelfSup protocol (DenseCL).
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class Loader:
     def __init__(self, reading: Reading, reader: Reader, order: Batches) -> None:
         self.steps_per_epoch = order.steps_per_epoch
         self._reading, self._reader, self._order = reading, reader, order
-        self._live: Generator[Batch] | None = None
+        self._live: Any = None  # the generator of the running epoch
 
     @property
     def replaced(self) -> dict[int, str]:
