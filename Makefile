@@ -18,7 +18,7 @@ SEED   ?= 0
 KERNEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify preview pretrain eval export visualise report compare doctor bench bench-step bench-data test lint
+.PHONY: help setup shards verify preview pretrain eval export visualise report compare doctor chaos bench bench-step bench-data test lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ compare: setup ## runs beside one another in one page   RUNS=runs/a,runs/b [OUT=
 
 doctor: setup ## what this machine has, whether it works, what a run would need   [METHOD=densecl DATA= RUN= GPUS=]
 	@$(PY) -m dense_ssl.doctor $(if $(filter-out file,$(origin METHOD)),$(METHOD)) $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(if $(GPUS),--gpus $(GPUS)) $(ARGS); code=$$?; [ $$code -ne 2 ]
+
+chaos: setup ## faults of a run tried one by one: does it end with the same weights, or say why not   [ARGS="--loaders ffcv --only sigterm"]
+	@$(PY) -m dense_ssl.chaos $(ARGS)
 
 bench: setup $(VENV)/bench.stamp ## every kernel beside torch, torch.compile and public rivals   [KERNEL=queue_info_nce ARGS=--write-results]
 	@TORCH_CPP_LOG_LEVEL=ERROR $(PY) -m kernels.bench $(KERNEL) $(ARGS)
