@@ -82,7 +82,8 @@ TRACEBACK = "Traceback (most recent call last):\n  File ...\nKeyError: 'x'\n"
         (Outcome(2, err=SENTENCE), DONE, RESULT, Kind.REFUSED, "no room; make some"),
         (Outcome(75, err=SENTENCE), DONE, RESULT, Kind.REFUSED, "no room; make some"),
         (Outcome(2), DONE, RESULT, Kind.FAILED, "0 sentences"),
-        (Outcome(2, err=2 * SENTENCE), DONE, RESULT, Kind.FAILED, "2 sentences"),
+        (Outcome(75, err=f"[rank 1] {SENTENCE}" + SENTENCE), DONE, RESULT, Kind.REFUSED, "no room"),
+        (Outcome(2, err=SENTENCE + "error: x\n"), DONE, RESULT, Kind.FAILED, "2 sentences"),
         (Outcome(1, err=TRACEBACK), DONE, RESULT, Kind.FAILED, "traceback: KeyError: 'x'"),
         (Outcome(-9, hung=True, seconds=9), DONE, RESULT, Kind.FAILED, "not end within 9 s"),
         (Outcome(75), Outcome(2, err=SENTENCE), RESULT, Kind.FAILED, "ended with code 2"),
@@ -126,6 +127,28 @@ def test_damage_to_files(tmp_path):
     disks.come_back(tmp_path)
     disks.truncate(file)
     assert file.read_bytes() == bytes(range(60))
+
+
+def test_disks_fill_up_and_folders_turn_read_only(tmp_path):
+    if not disks.can_mount():
+        pytest.skip("mounting is not allowed here")
+    disk = tmp_path / "disk"
+    try:
+        assert disks.small_disk(disk)
+        disks.fill(disk)
+        with pytest.raises(OSError, match="No space"):
+            (disk / "file").write_bytes(bytes(1 << 20))
+        disks.free(disk)
+        (disk / "file").write_bytes(bytes(1 << 20))
+        disks.read_only(disk / "run")
+        with pytest.raises(OSError, match="Read-only"):
+            (disk / "run/file").write_text("x")
+        disks.writable(disk / "run")
+        (disk / "run/file").write_text("x")
+        disks.read_only(disk / "run")  # `release` undoes what is left
+    finally:
+        disks.release(disk)
+    assert not disk.exists()
 
 
 def test_what_is_replaced_comes_back():

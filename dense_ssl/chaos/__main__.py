@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dense_ssl.chaos import on_conversion, on_evaluation, on_training, page
+from dense_ssl.chaos import disks, on_conversion, on_evaluation, on_training, page
 from dense_ssl.chaos.faults import CONVERSION, EVALUATION, LOADERS, Case, cases
 from dense_ssl.chaos.ground import Ground
 from dense_ssl.chaos.nursery import ROOT, Nursery
@@ -37,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     loaders = [name for name in args.loaders.split(",") if name in LOADERS and _is_here(name)]
     chosen = cases(loaders, [word for word in args.only.split(",") if word])
+    if not disks.can_be_read_only():
+        print("read-only run folder: left out, root may not mount here and cannot be held back")
+        chosen = [case for case in chosen if case.fault.name != "read-only"]
     if not chosen:
         print("error: no fault of that name; --list shows all", file=sys.stderr)
         return 2

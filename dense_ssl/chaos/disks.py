@@ -9,6 +9,8 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
+from functools import cache
 from pathlib import Path
 
 BALLAST = "ballast"
@@ -26,14 +28,14 @@ def release(folder: Path) -> None:
     """Undo every mount on `folder` or one folder below it, and remove it with all it holds."""
     for place in (*sorted(folder.glob("*")), folder):
         writable(place)
-        while place.is_mount() and _ran("umount", "--lazy", str(place)):
+        while _mounted(place) and _ran("umount", "--lazy", str(place)):
             pass
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def fill(disk: Path) -> None:
     """Leave no room on a small disk; or, where it is none, let this process write no file any further."""
-    if not disk.is_mount():
+    if not _mounted(disk):
         resource.setrlimit(
             resource.RLIMIT_FSIZE, (256, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
         )
@@ -58,8 +60,8 @@ def read_only(folder: Path) -> None:
 
 def writable(folder: Path) -> None:
     """Undo `read_only`."""
-    if folder.is_mount() and not os.access(folder, os.W_OK):
-        _ran("umount", str(folder))
+    if _mounted(folder) and not os.access(folder, os.W_OK):
+        _ran("umount", "--lazy", str(folder))
     for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         with contextlib.suppress(OSError):
             place.chmod(0o755)
@@ -67,9 +69,22 @@ def writable(folder: Path) -> None:
 
 def means() -> str:
     """Return by which means disks are full and folders read-only here."""
-    if os.geteuid() == 0:
+    if can_mount():
         return f"a tmpfs of {SMALL_MIB} MiB, filled; a read-only bind mount"
     return "RLIMIT_FSIZE; chmod"
+
+
+def can_be_read_only() -> bool:
+    """Return whether a folder can be made read-only for this user: `chmod` does not hold root back."""
+    return can_mount() or os.geteuid() != 0
+
+
+@cache
+def can_mount() -> bool:
+    """Return whether this user may mount: root, outside of most containers."""
+    with tempfile.TemporaryDirectory() as folder:
+        mounted = _mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", folder)
+        return mounted and _ran("umount", folder)
 
 
 def vanish(*files: Path) -> None:
@@ -96,6 +111,12 @@ def flip_bit(file: Path, at: int) -> None:
         (byte,) = opened.read(1)
         opened.seek(at)
         opened.write(bytes([byte ^ 0x10]))
+
+
+def _mounted(folder: Path) -> bool:
+    """Return whether something is mounted on a folder; `Path.is_mount` sees no bind mounts."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return str(folder.resolve()) in points
 
 
 def _mount(*arguments: str) -> bool:

@@ -27,7 +27,7 @@ from dense_ssl.chaos.verdicts import (
 )
 from dense_ssl.loaders.order import Order
 
-SHOWN = 0.5  # of the minutes after which a loader that gives no batch is given up
+STALL_MINUTES = 0.75  # after which a loader that gives no batch is given up; FFCV compiles first
 
 
 def struck(case: Case, ground: Ground) -> Verdict:
@@ -46,7 +46,10 @@ def _struck_and_repeated(case: Case, ground: Ground, run: Path) -> Verdict:
         disks.small_disk(run.parent)
     more = with_ranks(case.fault.ranks)
     if case.fault.name == "stalled":
-        more += [f"run.stall_minutes={SHOWN}", *(["data.workers=1"] * (case.loader == "folder"))]
+        more += [
+            f"run.stall_minutes={STALL_MINUTES}",
+            *(["data.workers=1"] * (case.loader == "folder")),
+        ]
     arguments = ground.training(run, case.loader, *more)
     want = ground.trained(case.loader, case.fault.ranks)
     first = ground.run(case.fault.name, case.place, arguments, f"{case.name}/first")

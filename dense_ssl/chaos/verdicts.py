@@ -1,5 +1,6 @@
 """From what a command did under a fault, and what repeating it gave, to one word and a reason."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -55,15 +56,15 @@ def ended(outcome: Outcome, what: str) -> None:
 
 
 def explained(outcome: Outcome) -> str:
-    """Return the one sentence a command refused with.
+    """Return the one sentence a command refused with; several ranks may say the same.
 
     Raises:
         Lost: there is none, or more than one.
     """
-    sentences = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    if len(sentences) != 1:
+    sentences = re.findall(r"^(?:\[rank \d+\] )?error: (.*)$", outcome.err, re.MULTILINE)
+    if len(set(sentences)) != 1:
         raise Lost(f"refused with {len(sentences)} sentences: {_last_line(outcome.err)}")
-    return sentences[0].removeprefix("error: ")
+    return sentences[0]
 
 
 def succeeded(outcome: Outcome, what: str) -> None:
