@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dense_ssl import autoaugment
-from dense_ssl import photometry_ops as ops
 from dense_ssl.crops import Crops, MultiCropBatch
-from dense_ssl.photometry_policies import (
+from dense_ssl.photometry import autoaugment
+from dense_ssl.photometry import ops as ops
+from dense_ssl.photometry.policies import (
     POLICIES,
     AutoAugment,
     ColorJitter,

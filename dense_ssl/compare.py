@@ -18,8 +18,8 @@ import yaml
 
 from dense_ssl.checkpoint import write_atomically
 from dense_ssl.config import UserError
-from dense_ssl.report_facts import setting
-from dense_ssl.report_html import evaluation_table, page, panel, read_jsonl, section, series
+from dense_ssl.report.facts import setting
+from dense_ssl.report.page import evaluation_table, page, panel, read_jsonl, section, series
 
 LARGEST = 5  # runs: as many as there are colours
 NEAR = 0.1  # of the reference's own fall: what counts as the same curve

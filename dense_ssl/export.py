@@ -33,15 +33,15 @@ import torchvision
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dense_ssl import plain_pickle
 from dense_ssl.backbones import Backbone, BackboneConfig, make_backbone
 from dense_ssl.checkpoint import FORMAT, file_sha256, write_atomically
 from dense_ssl.config import UserError
-from dense_ssl.fewer_tokens import FEWER, fewer_tokens, timm_options
-from dense_ssl.fingerprint import weights_sha256
-from dense_ssl.layouts import extract_backbone, listed, to_detectron2
-from dense_ssl.official import OFFICIAL_METHODS, from_official, layout_name, to_official
-from dense_ssl.pretrained import (
+from dense_ssl.weights import plain_pickle
+from dense_ssl.weights.fewer_tokens import FEWER, fewer_tokens, timm_options
+from dense_ssl.weights.fingerprint import weights_sha256
+from dense_ssl.weights.layouts import extract_backbone, listed, to_detectron2
+from dense_ssl.weights.official import OFFICIAL_METHODS, from_official, layout_name, to_official
+from dense_ssl.weights.pretrained import (
     Loaded,
     checkpoint_file,
     exported_part,

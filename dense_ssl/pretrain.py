@@ -28,7 +28,6 @@ from dense_ssl.augment import POLICIES, Photometry
 from dense_ssl.checkpoint_writer import CheckpointWriter
 from dense_ssl.config import GaveUp, UserError, dump, load
 from dense_ssl.distributed import Agreement, World, close_world, init_world, mean_over_ranks
-from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.incidents import StepGuard
 from dense_ssl.launch import launch_ranks
 from dense_ssl.loaders import Loader, make_loader, open_source
@@ -39,12 +38,13 @@ from dense_ssl.lost_ranks import named
 from dense_ssl.methods import Method, Step, make_method, warn_of_own_keys
 from dense_ssl.micro_batches import MicroBatches, explain, free_memory
 from dense_ssl.optim import apply_schedules, clip_gradients, freeze, make_optimizer
-from dense_ssl.pretrained import start_from
 from dense_ssl.rng import key_of
 from dense_ssl.run_config import RunConfig, RunSection, recipe_path, with_defaults
 from dense_ssl.rundir import check_same_run, claimed, data_fingerprint
 from dense_ssl.signals import StopRequest
 from dense_ssl.step_context import autocast, seed_noise
+from dense_ssl.weights.fingerprint import weights_sha256
+from dense_ssl.weights.pretrained import start_from
 from kernels import launch
 
 DONE, WRONG_INPUT, STOPPED = 0, 2, 75  # 75: EX_TEMPFAIL, "try again", which schedulers requeue on

@@ -18,12 +18,12 @@ from PIL import Image
 from dense_ssl.checkpoint import write_atomically
 from dense_ssl.config import UserError, load
 from dense_ssl.loaders import open_source
-from dense_ssl.report_html import page, picture, section
+from dense_ssl.report.page import page, picture, section
 from dense_ssl.run_config import RunConfig, recipe_path
-from dense_ssl.samples import Sample, crops_row, mask_rows, sample_of, shown
-from dense_ssl.sheets import correspondence_sheet, stacked
 from dense_ssl.views import ViewSpec, draw_epoch, positions
-from dense_ssl.visualise import expected_cells
+from dense_ssl.visualise.__main__ import expected_cells
+from dense_ssl.visualise.samples import Sample, crops_row, mask_rows, sample_of, shown
+from dense_ssl.visualise.sheets import correspondence_sheet, stacked
 
 DRAWN = 5000  # images whose crops the figures are over
 ENLARGED = 1.6  # how far the median crop may be enlarged before sharper shards would show

@@ -24,8 +24,8 @@ import torch
 from dense_ssl import checkpoint, pretrain
 from dense_ssl.config import UserError
 from dense_ssl.evaluation.suite import configs_of, data_paths, task_names
-from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.log import duration
+from dense_ssl.weights.fingerprint import weights_sha256
 
 SCENES = 2000
 SOURCE, SHARDS = Path("data/scenes"), Path("shards/scenes")

@@ -11,11 +11,11 @@ from PIL import Image, ImageFilter
 
 from dataprep.synthetic import coordinate_image, random_image
 from dense_ssl import augment
-from dense_ssl import photometry_ops as ops
 from dense_ssl.augment import MEAN, STD, Photometry, _draw, _to_device
 from dense_ssl.config import UserError
 from dense_ssl.crops import Crops, MultiCropBatch
-from dense_ssl.photometry_policies import POLICIES, ColorJitter, GaussianBlur, Policy, Solarize
+from dense_ssl.photometry import ops as ops
+from dense_ssl.photometry.policies import POLICIES, ColorJitter, GaussianBlur, Policy, Solarize
 from dense_ssl.rng import fold_np, key_of
 from dense_ssl.views import ViewSpec
 

@@ -14,9 +14,9 @@ from torchvision.transforms.autoaugment import _apply_op
 from dataprep.synthetic import random_image
 from dense_ssl import augment, parity
 from dense_ssl.augment import Photometry, _draw
-from dense_ssl.autoaugment import SUB_POLICIES, apply_, drawn, operations
 from dense_ssl.crops import Crops, MultiCropBatch
-from dense_ssl.photometry_policies import POLICIES, AutoAugment, ColorJitter
+from dense_ssl.photometry.autoaugment import SUB_POLICIES, apply_, drawn, operations
+from dense_ssl.photometry.policies import POLICIES, AutoAugment, ColorJitter
 from dense_ssl.rng import fold_np, key_of
 from dense_ssl.views import ViewSpec
 

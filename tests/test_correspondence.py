@@ -15,7 +15,7 @@ from dense_ssl.config import UserError
 from dense_ssl.crops import Crops, MultiCropBatch
 from dense_ssl.evaluation import correspondence, suite
 from dense_ssl.evaluation.cell_matches import hits, match_rates, matched
-from dense_ssl.visualise import expected_cells
+from dense_ssl.visualise.__main__ import expected_cells
 
 
 class Places(Backbone):

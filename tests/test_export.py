@@ -16,12 +16,12 @@ from dense_ssl import export as export_module
 from dense_ssl.backbones import BackboneConfig
 from dense_ssl.config import UserError
 from dense_ssl.export import export, main
-from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.methods import make_method
 from dense_ssl.methods.densecl import DenseCLConfig
 from dense_ssl.methods.moco import MoCoConfig
-from dense_ssl.official import from_official
-from dense_ssl.pretrained import load_backbone, read_checkpoint
+from dense_ssl.weights.fingerprint import weights_sha256
+from dense_ssl.weights.official import from_official
+from dense_ssl.weights.pretrained import load_backbone, read_checkpoint
 
 
 def make_run(folder: Path, config_type, name: str, **backbone) -> Path:

@@ -15,7 +15,7 @@ import torchvision.transforms.v2.functional as tv
 from dataprep.synthetic import coordinate_image, random_image
 from dense_ssl import augment
 from dense_ssl.crops import Crops, MultiCropBatch
-from dense_ssl.photometry_policies import (
+from dense_ssl.photometry.policies import (
     POLICIES,
     ColorJitter,
     GaussianBlur,

@@ -7,12 +7,12 @@ import torch
 
 from dense_ssl.backbones import BackboneConfig
 from dense_ssl.config import UserError
-from dense_ssl.layouts import select
 from dense_ssl.methods import make_method
 from dense_ssl.methods.udi import UdiConfig
-from dense_ssl.official import from_official
-from dense_ssl.pretrained import load_backbone, start_from
 from dense_ssl.views import ViewSpec
+from dense_ssl.weights.layouts import select
+from dense_ssl.weights.official import from_official
+from dense_ssl.weights.pretrained import load_backbone, start_from
 
 TINY = BackboneConfig(
     name="vit_tiny_patch16_224", init="dino", positions="dino", class_tokens=2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dense_ssl import parity
-from dense_ssl import photometry_ops as ops
+from dense_ssl.photometry import ops as ops
 
 RTOL = 1e-5
 

@@ -180,7 +180,7 @@ def test_the_saved_configuration_repeats_the_run(recipe, tmp_path, capsys):
 
 
 def test_it_starts_from_a_whole_state_or_a_backbone(recipe, tmp_path, capsys):
-    from dense_ssl.official import to_official
+    from dense_ssl.weights.official import to_official
 
     run(capsys, recipe("before", backbone="resnet18"), "train.steps=3")
     saved = checkpoint.load_newest(tmp_path / "before" / "checkpoints")

@@ -12,19 +12,20 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from dense_ssl import checkpoint, plain_pickle, pretrained
+from dense_ssl import checkpoint
 from dense_ssl.backbones import BackboneConfig
 from dense_ssl.config import UserError
-from dense_ssl.fingerprint import weights_sha256
-from dense_ssl.layouts import (
-    extract_backbone,
-    to_detectron2,
-)
 from dense_ssl.methods import make_method
 from dense_ssl.methods.densecl import DenseCLConfig
 from dense_ssl.methods.moco import MoCoConfig
-from dense_ssl.official import to_official
-from dense_ssl.pretrained import load_backbone, read_checkpoint
+from dense_ssl.weights import plain_pickle, pretrained
+from dense_ssl.weights.fingerprint import weights_sha256
+from dense_ssl.weights.layouts import (
+    extract_backbone,
+    to_detectron2,
+)
+from dense_ssl.weights.official import to_official
+from dense_ssl.weights.pretrained import load_backbone, read_checkpoint
 
 SMALL = {
     "backbone": BackboneConfig(name="resnet18", bn_groups=2),

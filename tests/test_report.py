@@ -10,8 +10,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from PIL import Image
 
-from dense_ssl.report import main, read_jsonl, write_report
-from dense_ssl.svg_plot import HEIGHT, WIDTH, Line, line_plot, tick_text, ticks
+from dense_ssl.report.__main__ import main, read_jsonl, write_report
+from dense_ssl.report.svg_plot import HEIGHT, WIDTH, Line, line_plot, tick_text, ticks
 
 CONFIG = """
 method:

@@ -24,11 +24,11 @@ from dense_ssl.methods.revisiting import (
     image_major,
     nearest,
 )
-from dense_ssl.official import to_official
 from dense_ssl.pretrain import RunConfig, recipe_path
-from dense_ssl.pretrained import start_from
 from dense_ssl.schedule import Step
 from dense_ssl.views import Near, ViewSpec
+from dense_ssl.weights.official import to_official
+from dense_ssl.weights.pretrained import start_from
 
 ROOT = Path(__file__).resolve().parent.parent
 RESNET = BackboneConfig(name="test_resnet")

@@ -7,18 +7,18 @@ import torch
 
 from dense_ssl.backbones import BackboneConfig
 from dense_ssl.config import UserError
-from dense_ssl.layouts import (
+from dense_ssl.methods import make_method
+from dense_ssl.methods.densecl import DenseCLConfig
+from dense_ssl.methods.moco import MoCoConfig
+from dense_ssl.methods.revisiting import RevisitingConfig
+from dense_ssl.weights.layouts import (
     extract_backbone,
     from_detectron2_name,
     resnet_of,
     to_detectron2,
     to_detectron2_name,
 )
-from dense_ssl.methods import make_method
-from dense_ssl.methods.densecl import DenseCLConfig
-from dense_ssl.methods.moco import MoCoConfig
-from dense_ssl.methods.revisiting import RevisitingConfig
-from dense_ssl.official import from_official, to_official
+from dense_ssl.weights.official import from_official, to_official
 
 SMALL = {
     "backbone": BackboneConfig(name="resnet18", bn_groups=2),

@@ -13,7 +13,7 @@ from dense_ssl.distributed import World
 from dense_ssl.methods import make_method
 from dense_ssl.methods.udi import UdiConfig, udi_views
 from dense_ssl.methods.udi_attention import PointAttention, PointSampler
-from dense_ssl.photometry_policies import POLICIES
+from dense_ssl.photometry.policies import POLICIES
 from dense_ssl.published.udi import maps_of, udi_losses
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec

@@ -12,8 +12,10 @@ from dense_ssl.config import UserError
 from dense_ssl.loaders.folder import cut_one
 from dense_ssl.methods import make_method
 from dense_ssl.methods.densecl import DenseCLConfig
-from dense_ssl.samples import shown
-from dense_ssl.sheets import (
+from dense_ssl.views import ViewSpec
+from dense_ssl.visualise.__main__ import draw, expected_cells, main, mutual_matches
+from dense_ssl.visualise.samples import shown
+from dense_ssl.visualise.sheets import (
     BACKGROUND,
     RIGHT,
     WRONG,
@@ -24,8 +26,6 @@ from dense_ssl.sheets import (
     crops_sheet,
     stacked,
 )
-from dense_ssl.views import ViewSpec
-from dense_ssl.visualise import draw, expected_cells, main, mutual_matches
 
 VIEWS = (
     ViewSpec(name="global", count=2, size=64, photometric="moco_v2"),

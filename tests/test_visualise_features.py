@@ -15,19 +15,19 @@ from dense_ssl.methods.densecl import DenseCLConfig
 from dense_ssl.methods.ibot import IBotConfig
 from dense_ssl.methods.masks import draw_masks
 from dense_ssl.methods.udi import UdiConfig
-from dense_ssl.samples import Sample
 from dense_ssl.schedule import Step
-from dense_ssl.sheets import heated, tiles_sheet
 from dense_ssl.views import ViewSpec
-from dense_ssl.visualise import KINDS, draw
-from dense_ssl.visualise_features import (
+from dense_ssl.visualise.__main__ import KINDS, draw
+from dense_ssl.visualise.features import (
     attention_maps,
     component_maps,
     masks_of,
     whole_image,
     with_hidden,
 )
-from dense_ssl.visualise_places import place_rows
+from dense_ssl.visualise.places import place_rows
+from dense_ssl.visualise.samples import Sample
+from dense_ssl.visualise.sheets import heated, tiles_sheet
 
 VIEWS = (
     ViewSpec(name="global", count=2, size=32),

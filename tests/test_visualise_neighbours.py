@@ -10,7 +10,7 @@ from dataprep.synthetic import random_image
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
 from dense_ssl.loaders.source import FolderSource
-from dense_ssl.visualise_neighbours import (
+from dense_ssl.visualise.neighbours import (
     _centre_crops,
     nearest_others,
     neighbour_rows,

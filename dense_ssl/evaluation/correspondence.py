@@ -38,10 +38,10 @@ from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.loaders.batch import assemble
 from dense_ssl.loaders.folder import cut_one
 from dense_ssl.loaders.source import FolderSource, ShardSource, decode, open_path
-from dense_ssl.samples import shown
-from dense_ssl.sheets import correspondence_sheet, stacked
 from dense_ssl.views import CropPlan, ViewSpec, draw_epoch
-from dense_ssl.visualise import mutual_matches
+from dense_ssl.visualise.__main__ import mutual_matches
+from dense_ssl.visualise.samples import shown
+from dense_ssl.visualise.sheets import correspondence_sheet, stacked
 
 PROTOCOL = "correspondence/v1"
 _VIEW = "pair"

@@ -39,7 +39,7 @@ from dense_ssl.evaluation.label_propagation import DINO, REVISITING
 from dense_ssl.evaluation.omissions import require_some
 from dense_ssl.evaluation.ranks import everyone
 from dense_ssl.evaluation.tinted import beside_truth, label_colours
-from dense_ssl.sheets import stacked, tiles_sheet
+from dense_ssl.visualise.sheets import stacked, tiles_sheet
 
 Series = tuple[list[float], list[float], list[float], list[float]]  # J, F; of the still mask too
 _DRAWN, _COLUMNS, _TILE_PX = 4, 6, 220  # sequences, and frames of each, in pictures

@@ -43,7 +43,7 @@ from dense_ssl.evaluation.segment_data import (
 from dense_ssl.evaluation.segment_layouts import VOC_CLASSES
 from dense_ssl.evaluation.segments import Segments, packed_segments, unpacked
 from dense_ssl.evaluation.tinted import label_colours, tinted
-from dense_ssl.sheets import stacked, tiles_sheet
+from dense_ssl.visualise.sheets import stacked, tiles_sheet
 
 PROTOCOL = "retrieve-kmeans/v1"
 SEVEN = ("aeroplane", "bottle", "bus", "car", "cat", "cow", "person")

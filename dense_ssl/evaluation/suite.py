@@ -34,8 +34,8 @@ from dense_ssl.evaluation import (
 from dense_ssl.evaluation.features import FeatureCache, content_key
 from dense_ssl.evaluation.results import Result
 from dense_ssl.evaluation.segment_protocols import CONFIGS as SEGMENT_CONFIGS
-from dense_ssl.fingerprint import weights_sha256
-from dense_ssl.pretrained import Loaded, load_backbone
+from dense_ssl.weights.fingerprint import weights_sha256
+from dense_ssl.weights.pretrained import Loaded, load_backbone
 
 _log = logging.getLogger(__name__)
 PICTURES = "eval"  # folder below the run's

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from dense_ssl.evaluation.segment_data import VOID, LabelledImage
-from dense_ssl.sheets import beside, crop_colour, stacked, tiles_sheet
+from dense_ssl.visualise.sheets import beside, crop_colour, stacked, tiles_sheet
 
 _TILE_PX, _SWATCH_PX = 220, 110
 _STRENGTH = 0.55  # of the tint

@@ -12,7 +12,6 @@ from dense_ssl.evaluation.voc import (
     svm_cost_grid,
     voc_ap_11point,
 )
-from dense_ssl.layouts import extract_backbone, to_detectron2, to_detectron2_name
 from dense_ssl.methods.densecl import lambda_at
 from dense_ssl.methods.masks import block_mask, draw_ratio, random_mask
 from dense_ssl.methods.rcc import rcc_boxes
@@ -94,6 +93,7 @@ from dense_ssl.parity.udi import (
     update_centre,
 )
 from dense_ssl.schedule import cosine_lr
+from dense_ssl.weights.layouts import extract_backbone, to_detectron2, to_detectron2_name
 
 __all__ = [
     "align_overlap",

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dense_ssl import autoaugment, box_sampling
-from dense_ssl.autoaugment import Definition
+from dense_ssl import box_sampling
 from dense_ssl.methods.parts import unit
 from dense_ssl.methods.revisiting import Order, image_major, pull_losses
 from dense_ssl.parity.contrastive import moco_logits
+from dense_ssl.photometry import autoaugment
+from dense_ssl.photometry.autoaugment import Definition
 from dense_ssl.schedule import Schedule, Step
 from kernels.queue_neighbours import queue_neighbours
 

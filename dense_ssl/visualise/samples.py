@@ -22,9 +22,9 @@ from dense_ssl.loaders.folder import cut_one
 from dense_ssl.loaders.order import Order
 from dense_ssl.loaders.source import decode
 from dense_ssl.methods import METHODS, AnyMethodConfig, MethodConfig
-from dense_ssl.sheets import crops_sheet, tiles_sheet
 from dense_ssl.views import ViewSpec, draw_epoch, positions
-from dense_ssl.visualise_features import masks_of, with_hidden
+from dense_ssl.visualise.features import masks_of, with_hidden
+from dense_ssl.visualise.sheets import crops_sheet, tiles_sheet
 
 
 class AnyMethod(Config):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dense_ssl import autoaugment_ops as ops
+from dense_ssl.photometry import autoaugment_ops as ops
 
 Definition = Literal["torchvision", "published"]
 Kind = Literal[

@@ -9,9 +9,9 @@ from dense_ssl.backbones import make_backbone
 from dense_ssl.config import UserError
 from dense_ssl.methods.udi import UdiConfig, strata_of
 from dense_ssl.methods.udi_maps import draw_cells, make_maps
-from dense_ssl.samples import Sample, shown
 from dense_ssl.schedule import Step
-from dense_ssl.sheets import BACKGROUND, INK, cell_colours, tiles_sheet
+from dense_ssl.visualise.samples import Sample, shown
+from dense_ssl.visualise.sheets import BACKGROUND, INK, cell_colours, tiles_sheet
 
 TILE_PX = 260
 _LOCALS = 1  # local crops on a sheet

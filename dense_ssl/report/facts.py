@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from dense_ssl.config import UserError
-from dense_ssl.fingerprint import weights_sha256
 from dense_ssl.log import duration
-from dense_ssl.pretrained import read_checkpoint
+from dense_ssl.weights.fingerprint import weights_sha256
+from dense_ssl.weights.pretrained import read_checkpoint
 
 
 def run_facts(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dense_ssl.config import UserError
-from dense_ssl.layouts import Part, extract_backbone, listed, select, tensors
+from dense_ssl.weights.layouts import Part, extract_backbone, listed, select, tensors
 
 _HEAD = [f"mlp.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
 _LAST = ("last_layer.weight_g", "last_layer.weight_v")

@@ -18,8 +18,8 @@ import yaml
 
 from dense_ssl.checkpoint import write_atomically
 from dense_ssl.config import UserError
-from dense_ssl.report_facts import run_facts, setting
-from dense_ssl.report_html import (
+from dense_ssl.report.facts import run_facts, setting
+from dense_ssl.report.page import (
     code,
     evaluation_table,
     page,

@@ -31,8 +31,14 @@ from dense_ssl.backbones import ViTBackbone
 from dense_ssl.config import UserError, validate
 from dense_ssl.loaders import DataConfig, open_source
 from dense_ssl.loaders.order import Order
-from dense_ssl.pretrained import load_backbone
-from dense_ssl.samples import (
+from dense_ssl.visualise.features import (
+    attention_maps,
+    component_maps,
+    whole_image,
+)
+from dense_ssl.visualise.neighbours import POOL, neighbour_rows
+from dense_ssl.visualise.places import place_rows
+from dense_ssl.visualise.samples import (
     Sample,
     config_of,
     crops_row,
@@ -41,14 +47,8 @@ from dense_ssl.samples import (
     sample_of,
     shown,
 )
-from dense_ssl.sheets import below, correspondence_sheet, heated, stacked, tiles_sheet
-from dense_ssl.visualise_features import (
-    attention_maps,
-    component_maps,
-    whole_image,
-)
-from dense_ssl.visualise_neighbours import POOL, neighbour_rows
-from dense_ssl.visualise_places import place_rows
+from dense_ssl.visualise.sheets import below, correspondence_sheet, heated, stacked, tiles_sheet
+from dense_ssl.weights.pretrained import load_backbone
 
 KINDS = ("crops", "masks", "correspondence", "attention", "pca", "neighbours", "places")
 WHOLE_PX = 320  # shorter side of whole images, for attention and pca

@@ -24,9 +24,9 @@ from typing import Any
 from torch import Tensor
 
 from dense_ssl.config import UserError
-from dense_ssl.layouts import extract_backbone, is_distillation, listed, select, tensors
-from dense_ssl.official_distillation import from_distillation
-from dense_ssl.official_udi import from_udi, is_udi
+from dense_ssl.weights.layouts import extract_backbone, is_distillation, listed, select, tensors
+from dense_ssl.weights.official_distillation import from_distillation
+from dense_ssl.weights.official_udi import from_udi, is_udi
 
 _SIDES = (("student.", "encoder_q."), ("teacher.", "encoder_k."))
 

@@ -17,7 +17,7 @@ from dense_ssl.backbones import Backbone
 from dense_ssl.config import UserError
 from dense_ssl.evaluation.features import normalised
 from dense_ssl.loaders.source import ImageSource, decode
-from dense_ssl.sheets import tiles_sheet
+from dense_ssl.visualise.sheets import tiles_sheet
 from kernels.queue_neighbours import queue_neighbours
 
 POOL = 512  # images among which neighbours are looked for

@@ -18,8 +18,15 @@ import torch
 from torch import Tensor
 
 from dense_ssl.config import UserError
-from dense_ssl.layouts import Part, class_tokens_of, extract_backbone, listed, select, tensors
-from dense_ssl.official_distillation import head_tensors
+from dense_ssl.weights.layouts import (
+    Part,
+    class_tokens_of,
+    extract_backbone,
+    listed,
+    select,
+    tensors,
+)
+from dense_ssl.weights.official_distillation import head_tensors
 
 _SAMPLER = ("backbone.attn.", "backbone.norm1.")
 _CENTERS = ("center", "plus_center", "patch_center")

@@ -24,12 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dense_ssl import plain_pickle
 from dense_ssl.backbones import Backbone, BackboneConfig, make_backbone
 from dense_ssl.checkpoint import FORMAT, damage_of
 from dense_ssl.config import UserError, validate
-from dense_ssl.fingerprint import weights_sha256
-from dense_ssl.layouts import (
+from dense_ssl.log import logger
+from dense_ssl.methods import METHODS, Method
+from dense_ssl.weights import plain_pickle
+from dense_ssl.weights.fingerprint import weights_sha256
+from dense_ssl.weights.layouts import (
     Part,
     class_tokens_of,
     extract_backbone,
@@ -39,9 +41,7 @@ from dense_ssl.layouts import (
     resnet_of,
     tensors,
 )
-from dense_ssl.log import logger
-from dense_ssl.methods import METHODS, Method
-from dense_ssl.official import from_official
+from dense_ssl.weights.official import from_official
 
 _HARMLESS = [  # plain data that official checkpoints hold beside tensors
     argparse.Namespace,

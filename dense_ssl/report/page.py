@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dense_ssl.svg_plot import Line, line_plot
+from dense_ssl.report.svg_plot import Line, line_plot
 
 _STYLE = Path(__file__).with_name("report.css")
 

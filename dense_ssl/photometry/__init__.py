@@ -1,0 +1,1 @@
+"""What changes colours: operations, the named policies built of them, and AutoAugment."""
