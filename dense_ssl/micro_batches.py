@@ -38,9 +38,17 @@ class MicroBatches:
         """Micro-batches a step on each rank."""
         return self._config.train.accumulate * self.parts
 
-    def resume(self, count: int) -> None:
-        """Go on in as many micro-batches as before, but no fewer than the configuration asks for."""
-        self.parts = max(count // self._config.train.accumulate, 1)
+    @property
+    def images(self) -> int:
+        """Images of a micro-batch."""
+        return self._micro_batch // self.parts
+
+    def resume(self, images: int | None) -> None:
+        """Go on with as many images at a time as before, but no more than the configuration asks for."""
+        fewest = -(-self._micro_batch // (images or self._micro_batch))
+        self.parts = next(
+            n for n in range(fewest, fewest + self._micro_batch) if self._micro_batch % n == 0
+        )
 
     def begin(self) -> None:
         """Forget the last step."""

@@ -41,6 +41,7 @@ from dense_ssl.optim import apply_schedules, clip_gradients, freeze, make_optimi
 from dense_ssl.rng import key_of
 from dense_ssl.run_config import RunConfig, RunSection, recipe_path, with_defaults
 from dense_ssl.rundir import check_same_run, claimed, data_fingerprint
+from dense_ssl.shares import shared
 from dense_ssl.signals import StopRequest
 from dense_ssl.step_context import autocast, seed_noise
 from dense_ssl.weights.fingerprint import weights_sha256
@@ -84,7 +85,7 @@ def train(config: RunConfig) -> int:
     launch.choose(config.run.kernels, world.device)
     try:
         with StopRequest() as stop, claimed(Path(config.run.dir), world.rank), named(world):
-            return _train(config, world, stop)
+            return _train(config, shared(config, world.size), world, stop)
     except GaveUp as error:
         _leave(error)
     except torch.OutOfMemoryError as error:
@@ -93,7 +94,8 @@ def train(config: RunConfig) -> int:
         close_world(world)
 
 
-def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
+def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest) -> int:
+    """Train `config`, which is `recipe` on so many ranks: only the recipe is stored with the run."""
     train_cfg, run_cfg = config.train, config.run
     folder = Path(run_cfg.dir)
 
@@ -133,23 +135,23 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
     done = 0
     if saved is not None:
         saved["config"] = with_defaults(saved["config"])
-        check_same_run(saved, config.model_dump(mode="json"), fingerprint)
+        check_same_run(saved, recipe.model_dump(mode="json"), fingerprint)
         done = int(saved["step"])
         method.load_state_dict(saved["method"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         meter.load_state_dict(saved["meter"], world.device)
-        micro_batches.resume(saved.get("micro_batches", 1))
+        micro_batches.resume(saved.get("micro_batch"))
         del saved
     elif train_cfg.init is not None:
         start_from(train_cfg.init, method, config.method.name)
     if world.rank == 0 and not (folder / "config.yaml").exists():
-        checkpoint.write_atomically(folder / "config.yaml", dump(config).encode())
+        checkpoint.write_atomically(folder / "config.yaml", dump(recipe).encode())
 
     trained: nn.Module = _prepare_for_ranks(method, world, run_cfg)
     log = None
     if world.rank == 0:
-        _announce(config, method, order, world, done, last_step)
+        _announce(recipe, config, method, order, world, done, last_step)
         log = RunLog(
             folder, done, last_step, run_cfg.log, name=f"{config.method.name}-{folder.name}"
         )
@@ -164,13 +166,13 @@ def _train(config: RunConfig, world: World, stop: StopRequest) -> int:
             payload = {
                 "step": step,
                 "epoch": step / order.steps_per_epoch,
-                "config": config.model_dump(mode="json"),
+                "config": recipe.model_dump(mode="json"),
                 "data": fingerprint,
                 "method": method.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "meter": meter.state_dict(),
-                "micro_batches": micro_batches.count,
+                "micro_batch": micro_batches.images,
             }
             writer.save(payload)
 
@@ -348,21 +350,29 @@ def _read_means(meter: Meter, step: int) -> dict[str, float]:
 
 
 def _announce(
-    config: RunConfig, method: Method, order: Order, world: World, done: int, last_step: int
-) -> None:
+    recipe: RunConfig, config: RunConfig, method: Method, order: Order, world: World, done: int,
+    last_step: int,
+) -> None:  # fmt: skip
     millions = sum(p.numel() for p in method.student.parameters()) / 1e6
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    per_rank = config.train.batch_size // world.size // config.train.accumulate
+    per_rank, groups = order.micro_batch, config.method.backbone.bn_groups
     logger.info(
-        "%s  %s, %.1f M parameters  %s x %d, batch %d = %d rank(s) x %d accumulated x %d, %s",
+        "%s  %s, %.1f M parameters  %s x %d, batch %d = %d rank(s) x %d accumulated x %d%s, %s",
         config.method.name, config.method.backbone.name, millions, device, world.size,
-        config.train.batch_size, world.size, config.train.accumulate, per_rank, config.train.precision,
+        config.train.batch_size, world.size, config.train.accumulate, per_rank,
+        f" in {groups} BatchNorm groups" if groups > 1 else "", config.train.precision,
     )  # fmt: skip
     logger.info(
         "%s  %d images by %s, %d steps an epoch, %d steps in all  -> %s",
         config.data.path, order.num_images, config.data.loader, order.steps_per_epoch, last_step,
         config.run.dir,
     )  # fmt: skip
+    wanted = recipe.method.backbone.bn_images
+    if wanted is not None and per_rank // groups != wanted:
+        logger.warning(
+            "BatchNorm statistics are of %d images, not of method.backbone.bn_images=%d: a rank takes %d "
+            "at a time", per_rank // groups, wanted, per_rank,
+        )  # fmt: skip
     if done:
         share = f"{100 * done / last_step:.0f} %"
         logger.info("resuming at step %d of %d (%s)", done, last_step, share)

@@ -19,7 +19,8 @@ class TrainConfig(Config):
     epochs: Annotated[float, Field(gt=0)] = 800  # the horizon of every schedule
     steps: Annotated[int, Field(ge=1)] | None = None  # stop earlier; schedules keep their horizon
     batch_size: Annotated[int, Field(ge=1)] = 256  # global: all ranks, all micro-batches
-    accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per step on each rank
+    micro_batch: Annotated[int, Field(ge=1)] | None = None  # the most images a GPU takes at once
+    accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per step on each rank, at least
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     seed: int = 0
     init: str | None = None  # a checkpoint to start from: ours, official MoCo / DenseCL, a backbone

@@ -43,11 +43,13 @@ def data_fingerprint(sizes: np.ndarray) -> dict[str, Any]:
     return {"images": len(sizes), "sizes_sha256": digest}
 
 
-MAY_CHANGE = ("run.", "train.steps", "train.accumulate", "data.path", "data.workers")
+MAY_CHANGE = (
+    "run.", "train.steps", "train.accumulate", "train.micro_batch", "data.path", "data.workers"
+)  # fmt: skip
 """Keys that a resumed run may set anew: they change results by rounding at most, or not at all.
 
-All but one: with `train.accumulate` the same samples make up a step, but BatchNorm sees other groups of them.
-It is what helps where memory is short, and what a run does by itself then.
+All but two: with `train.accumulate` and `train.micro_batch` the same samples make up a step, but BatchNorm
+may see other groups of them. They are what helps where memory is short, and what a run does by itself then.
 """
 
 

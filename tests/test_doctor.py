@@ -88,11 +88,11 @@ def test_memory_grows_with_images_and_the_remedy_keeps_the_global_batch(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
     large = Cost(seconds=1.0, fixed_bytes=2e9, bytes_per_image=0.5e9)
-    assert _memory(large, 32, 1).severity is Severity.GOOD
-    refused = _memory(large, 128, 1)  # 66 GB; 40 images fit
+    assert _memory(large, 32).severity is Severity.GOOD
+    refused = _memory(large, 128)  # 66 GB; 40 images fit
     assert refused.severity is Severity.BROKEN
-    assert "train.accumulate=4 " in refused.remedy
-    assert "not one image" in _memory(Cost(1.0, 23e9, 1e9), 8, 1).remedy
+    assert "train.micro_batch=40 " in refused.remedy
+    assert "not one image" in _memory(Cost(1.0, 23e9, 1e9), 8).remedy
 
 
 def test_the_forecast_names_the_limit_and_the_hours(tmp_path):

@@ -322,7 +322,7 @@ method:
     - {{name: global, count: 2, size: 64, photometric: [moco_v2_autoaugment, moco_v2]}}
     - {{name: small, count: 2, size: 32, scale: [0.05, 0.14], photometric: moco_v2_autoaugment,
        near: {{kind: overlap, of: "global[1]", amount: 0.1}}}}
-  backbone: {{name: test_resnet, init: fan_out, bn_groups: {groups}}}
+  backbone: {{name: test_resnet, init: fan_out, bn_images: 4}}
   out_dim: 8
   hidden_dim: 16
   queue_length: 32
@@ -336,33 +336,35 @@ run: {{dir: {run}, device: cpu, checkpoint_every_steps: 9, log_every_steps: 1, l
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_rank_with_two_groups(tmp_path, capsys):
+def test_a_run_that_goes_on_with_two_ranks_is_one_with_two_groups(tmp_path, capsys):
     """Batch statistics, shuffled keys, both queues, neighbours among all ranks' keys: up to rounding."""
     write_random_images(tmp_path / "images", 20)
-    for run, groups in (("one", 2), ("two", 1)):
-        text = RECIPE.format(
-            images=tmp_path / "images", run=tmp_path / run, groups=groups, order="official"
+    recipes = {run: tmp_path / f"{run}.yaml" for run in ("one", "moved")}
+    for run, path in recipes.items():
+        path.write_text(
+            RECIPE.format(images=tmp_path / "images", run=tmp_path / run, order="official")
         )
-        (tmp_path / f"{run}.yaml").write_text(text)
-    assert pretrain.main([str(tmp_path / "one.yaml")]) == 0
-    command = [sys.executable, "-m", "dense_ssl.pretrain", str(tmp_path / "two.yaml")]
-    subprocess.run(
-        [*command, "--gpus", "2"], cwd=ROOT, check=True, capture_output=True, timeout=180
-    )
-    one, two = (
-        pretrain.checkpoint.load_newest(tmp_path / run / "checkpoints") for run in ("one", "two")
+    assert pretrain.main([str(recipes["one"])]) == 0
+    assert pretrain.main([str(recipes["moved"]), "train.steps=1"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("batch 8 = 1 rank(s) x 1 accumulated x 8 in 2 BatchNorm groups") == 2
+    command = [sys.executable, "-m", "dense_ssl.pretrain", str(recipes["moved"]), "--gpus", "2"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=180)
+    assert b"batch 8 = 2 rank(s) x 1 accumulated x 4, fp32" in done.stderr
+    assert b"resuming at step 1 of 3" in done.stderr
+    one, moved = (
+        pretrain.checkpoint.load_newest(tmp_path / run / "checkpoints") for run in recipes
     )
     for name in ("queue.keys", "backbone_queue.keys", "student.global_head.0.weight"):
         torch.testing.assert_close(
-            two["method"][name], one["method"][name], rtol=1e-4, atol=2e-5, msg=name
+            moved["method"][name], one["method"][name], rtol=1e-4, atol=2e-5, msg=name
         )
+    assert moved["config"]["method"]["backbone"]["bn_images"] == 4  # the recipe, for any ranks
 
 
 def test_autoaugment_is_refused_where_boxes_are_used(tmp_path, capsys):
     write_random_images(tmp_path / "images", 8)
-    text = RECIPE.format(
-        images=tmp_path / "images", run=tmp_path / "run", groups=1, order="aligned"
-    )
+    text = RECIPE.format(images=tmp_path / "images", run=tmp_path / "run", order="aligned")
     (tmp_path / "recipe.yaml").write_text(text)
     sere = """method={name: sere, out_dim: 16, hidden_dim: 8, bottleneck_dim: 4,
       views: [{name: global, count: 2, size: 64, photometric: moco_v2_autoaugment}],

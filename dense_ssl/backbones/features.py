@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import timm
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dense_ssl.config import Config, UserError
@@ -22,8 +22,17 @@ class BackboneConfig(Config):
     positions: Literal["timm", "dino"] = "timm"  # ViTs: how positions are resampled to another grid
     output_stride: Literal[8, 16, 32] = 32  # ResNets: dilate the last stages below 32
     bn_groups: Annotated[int, Field(ge=1)] = 1  # batch statistics over this many groups of samples
+    bn_images: Annotated[int, Field(ge=2)] | None = None  # in its place: images of a group
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # ViTs: stochastic depth
     class_tokens: Annotated[int, Field(ge=1)] = 1  # ViTs: all but the first are timm's reg_tokens
+
+    @model_validator(mode="after")
+    def _check(self) -> "BackboneConfig":
+        if self.bn_images is not None and self.bn_groups > 1:
+            raise ValueError(
+                "bn_groups follows from bn_images and the number of ranks; set bn_images=null to choose it"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from dense_ssl.methods import make_method
 from dense_ssl.optim import make_optimizer
 from dense_ssl.run_config import RunConfig
 from dense_ssl.schedule import Step
+from dense_ssl.shares import shared
 from kernels.bench_measure import peak_bytes
 
 GB = 1e9
@@ -46,8 +47,9 @@ def forecast(config: RunConfig, gpus: int, with_data: bool) -> list[Finding]:
     Raises:
         UserError: the recipe or its data cannot be used.
     """
-    train, cuda = config.train, torch.cuda.is_available()
-    ranks = max(gpus, 1)
+    ranks, cuda = max(gpus, 1), torch.cuda.is_available()
+    config = shared(config, ranks)
+    train = config.train
     per_rank = train.batch_size // (ranks * train.accumulate)
     if per_rank < 1 or train.batch_size % (ranks * train.accumulate):
         raise UserError(
@@ -64,8 +66,8 @@ def forecast(config: RunConfig, gpus: int, with_data: bool) -> list[Finding]:
     where = f"{ranks} GPU(s)" if cuda else "this CPU, one process"
     what = f"{images} images" if with_data else f"{images} images (no data given: ImageNet's count)"
     findings = [
-        Finding("step", f"{compute:.3g} images/s on {where}, {per_rank} images each"),
-        _memory(cost, per_rank, train.accumulate),
+        Finding("step", f"{compute:.3g} images/s on {where}, {_sharing(config, ranks, per_rank)}"),
+        _memory(cost, per_rank),
     ]
     if loader is not None:
         findings.append(_loader(loader, compute / ranks if cuda else compute))
@@ -125,7 +127,14 @@ def measure_step(config: RunConfig, images: int) -> Cost:
     return Cost(seconds / high, state + moments + max(less - low * per_image, 0), per_image)
 
 
-def _memory(cost: Cost, images: int, accumulate: int) -> Finding:
+def _sharing(config: RunConfig, ranks: int, images: int) -> str:
+    """Return how a step is shared, as training says it."""
+    train, groups = config.train, config.method.backbone.bn_groups
+    normed = f" in {groups} BatchNorm groups" if groups > 1 else ""
+    return f"batch {train.batch_size} = {ranks} x {train.accumulate} accumulated x {images}{normed}"
+
+
+def _memory(cost: Cost, images: int) -> Finding:
     need = cost.memory(images)
     value = f"{need / GB:.1f} GB per process at {images} images"
     if not torch.cuda.is_available():
@@ -137,8 +146,7 @@ def _memory(cost: Cost, images: int, accumulate: int) -> Finding:
     if fits < 1:
         remedy = "not one image fits: run.checkpoint_gradients=true, smaller views, or a smaller backbone"
         return Finding("memory", f"{value}, of {total / GB:.0f}", Severity.BROKEN, remedy)
-    factor = accumulate * -(-images // fits)
-    remedy = f"train.accumulate={factor} keeps the global batch; or run.checkpoint_gradients=true"
+    remedy = f"train.micro_batch={fits} keeps the global batch; or run.checkpoint_gradients=true"
     return Finding("memory", f"{value}, of {total / GB:.0f}", Severity.BROKEN, remedy)
 
 

@@ -80,8 +80,8 @@ def warn_if_nothing_to_shuffle(backbone: BackboneConfig) -> None:
     """Say once that shuffled BN does nothing: one rank and one BN group."""
     if world_size() == 1 and backbone.bn_groups == 1 and backbone.name.startswith("res"):
         logger.warning(
-            "one rank and method.backbone.bn_groups=1: BatchNorm statistics are not shuffled between "
-            "query and key; set bn_groups (8 for the published 8 x 32) to train as several GPUs do"
+            "one rank and one BatchNorm group: statistics are not shuffled between query and key; set "
+            "method.backbone.bn_images (32 is published) to train as several GPUs do"
         )
 
 
