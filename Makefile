@@ -16,6 +16,7 @@ GPUS   ?=
 KIND   ?= crops
 SEED   ?= 0
 KERNEL ?=
+JOBS   ?= auto
 
 .DEFAULT_GOAL := help
 .PHONY: help setup shards verify preview pretrain eval export visualise report compare doctor chaos bench bench-step bench-data test lint
@@ -82,7 +83,10 @@ lint: setup ## style, types, import rules, spelling
 	@$(VENV)/bin/lint-imports --no-cache
 	@$(VENV)/bin/codespell dataprep dense_ssl kernels configs tests docs README.md Makefile
 
-test: lint ## lint, types, import rules, all tests
-	@$(PY) -m pytest -q $(ARGS)
+# Each test keeps to one thread, so as many run side by side as there are cores (eight at most: each holds about 2 GB).
+PARALLEL = -n $(JOBS) --maxprocesses 8 --dist worksteal
+
+test: lint ## lint, types, import rules, all tests   [JOBS=1 ARGS="-k resume"]
+	@$(PY) -m pytest -q $(PARALLEL) $(ARGS)
 	@echo "the kernels once more, in Triton's interpreter:"
-	@TRITON_INTERPRET=1 DENSE_SSL_KERNELS=triton OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_kernel*.py tests/test_decoded.py $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose none of them
+	@TRITON_INTERPRET=1 DENSE_SSL_KERNELS=triton OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PARALLEL) tests/test_kernel*.py tests/test_decoded.py $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose none of them
