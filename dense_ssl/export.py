@@ -41,9 +41,9 @@ from dense_ssl.weights.fewer_tokens import FEWER, fewer_tokens, timm_options
 from dense_ssl.weights.fingerprint import weights_sha256
 from dense_ssl.weights.layouts import extract_backbone, listed, to_detectron2
 from dense_ssl.weights.official import OFFICIAL_METHODS, from_official, layout_name, to_official
+from dense_ssl.weights.place import checkpoint_file
 from dense_ssl.weights.pretrained import (
     Loaded,
-    checkpoint_file,
     exported_part,
     load_backbone,
     method_name,

@@ -13,7 +13,8 @@ from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
 from dense_ssl.evaluation import results, suite
 from dense_ssl.evaluation.__main__ import main
-from dense_ssl.evaluation.suite import configs_of, data_paths, evaluate, task_names
+from dense_ssl.evaluation.catalogue import data_paths, task_names
+from dense_ssl.evaluation.suite import configs_of, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_command_end_to_end(tmp_path, scenes, capsys):
     for line in lines:
         assert 0 <= line["value"] <= 100 and len(line["weights"]) == 64
         assert line["settings"]["size"] in (32, [32, 32]) and line["chance"] is not None
-    assert main(arguments) == 0
+    assert main([*arguments, "--again"]) == 0
     again = [json.loads(line) for line in (tmp_path / "run/eval.jsonl").read_text().splitlines()]
     assert [line["value"] for line in again[5:]] == [line["value"] for line in lines]
 
@@ -182,8 +183,8 @@ def test_short_memory_is_one_sentence(monkeypatch, capsys):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has")
 
-    monkeypatch.setattr("dense_ssl.evaluation.__main__.evaluate", full)
-    assert main(["knn", "--checkpoint", "random:resnet18", "--data", "."]) == 2
+    monkeypatch.setattr("dense_ssl.evaluation.suite._evaluate", full)
+    assert main(["knn", "--checkpoint", "random:test_resnet", "--data", "."]) == 2
     assert capsys.readouterr().err == (
         "error: CUDA out of memory: take a smaller batch_size or size\n"
     )

@@ -8,16 +8,16 @@ import time
 import pytest
 import torch
 
-from dense_ssl import start
+from dense_ssl import start, whole_way
 
 
 def test_a_cpu_takes_the_demo_recipe_and_says_how_to_take_the_other(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert start.choose_recipe("densecl") == "demo/densecl"
-    assert "METHOD=densecl DATA=" in start.other_recipe("densecl", "demo/densecl")
+    assert whole_way.choose_recipe("densecl") == "demo/densecl"
+    assert "METHOD=densecl DATA=" in whole_way.other_recipe("densecl", "demo/densecl")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert start.choose_recipe("densecl") == "densecl"
-    assert "METHOD=demo/densecl" in start.other_recipe("densecl", "densecl")
+    assert whole_way.choose_recipe("densecl") == "densecl"
+    assert "METHOD=demo/densecl" in whole_way.other_recipe("densecl", "densecl")
 
 
 def test_an_unknown_method_is_refused_before_anything_is_rendered(capsys, tmp_path, monkeypatch):
@@ -29,7 +29,7 @@ def test_an_unknown_method_is_refused_before_anything_is_rendered(capsys, tmp_pa
 
 def test_with_data_it_is_the_trainer(monkeypatch):
     seen = []
-    monkeypatch.setattr(start.pretrain, "main", lambda argv: seen.append(argv) or 0)
+    monkeypatch.setattr(whole_way.pretrain, "main", lambda argv: seen.append(argv) or 0)
     assert start.main(["demo/moco", "--data", "shards/x", "--gpus", "2", "optim.lr=1"]) == 0
     assert seen == [
         ["demo/moco", "data.path=shards/x", "run.dir=runs/demo-moco", "optim.lr=1", "--gpus", "2"]
@@ -38,8 +38,8 @@ def test_with_data_it_is_the_trainer(monkeypatch):
 
 def test_an_evaluation_follows_the_training_and_is_checked_before(monkeypatch, tmp_path, capsys):
     seen = []
-    monkeypatch.setattr(start.pretrain, "main", lambda argv: seen.append("training") or code)
-    monkeypatch.setattr(start, "run_stage", lambda *stage: seen.append(stage) or 0)
+    monkeypatch.setattr(whole_way.pretrain, "main", lambda argv: seen.append("training") or code)
+    monkeypatch.setattr(whole_way, "run_stage", lambda *stage: seen.append(stage) or 0)
     given = ["moco", "--data", str(tmp_path), "--run", "runs/a", "--eval", "knn,linear"]
     code = 0
     assert start.main([*given, "--eval-args", "linear.epochs=3 size=96"]) == 0
@@ -63,9 +63,9 @@ def test_an_evaluation_follows_the_training_and_is_checked_before(monkeypatch, t
 def test_the_demo_evaluates_what_is_asked_for(monkeypatch, tmp_path):
     stages = []
     monkeypatch.setattr(
-        start, "run_stage", lambda module, given: stages.append([module, *given]) or 0
+        whole_way, "run_stage", lambda module, given: stages.append([module, *given]) or 0
     )
-    monkeypatch.setattr(start.checkpoint, "load_newest", lambda _: {"method": {}})
+    monkeypatch.setattr(whole_way.checkpoint, "load_newest", lambda _: {"method": {}})
     asked = ["--eval", "knn", "--eval-data", str(tmp_path), "--eval-args", "knn.size=64"]
     assert start.main(["demo/densecl", "--run", "runs/x", *asked]) == 0
     (evaluation,) = [stage for stage in stages if stage[0] == "dense_ssl.evaluation"]
@@ -77,8 +77,10 @@ def test_the_demo_evaluates_what_is_asked_for(monkeypatch, tmp_path):
 def test_a_failing_stage_ends_the_way_with_its_code(monkeypatch):
     codes = iter([0, 2])
     stages = []
-    monkeypatch.setattr(start, "run_stage", lambda module, _: stages.append(module) or next(codes))
-    assert start.demo("demo/densecl", None, 1, [], ["knn", ""]) == 2
+    monkeypatch.setattr(
+        whole_way, "run_stage", lambda module, _: stages.append(module) or next(codes)
+    )
+    assert whole_way.demo("demo/densecl", None, 1, [], ["knn", ""]) == 2
     assert stages == ["dataprep", "dense_ssl.pretrain"]
 
 
@@ -99,4 +101,4 @@ def test_sigterm_reaches_the_stage_and_its_code_comes_back(tmp_path, monkeypatch
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate).start()
-    assert start.run_stage("patient", [str(ready)]) == 75
+    assert whole_way.run_stage("patient", [str(ready)]) == 75

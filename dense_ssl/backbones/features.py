@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import timm
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -72,6 +71,8 @@ def create_trunk(name: str, **options: Any) -> nn.Module:
     Raises:
         UserError: timm does not know `name`, or the model does not take one of `options`.
     """
+    import timm  # brings torchvision and torch._dynamo, 2 s: only where a network is built
+
     if not timm.is_model(name):
         close = timm.list_models(f"*{name}*")[:3] or timm.list_models(f"{name[:6]}*")[:3]
         hint = f"; did you mean one of {', '.join(close)}?" if close else ""

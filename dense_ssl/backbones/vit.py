@@ -4,17 +4,21 @@ An edit sees patch embeddings before their positions are added (a masked patch k
 the class tokens. The only file that touches timm's private `_pos_embed`; `tests/test_backbones.py` pins it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dense_ssl.backbones.features import Backbone, BackboneConfig, Features, create_trunk
 from dense_ssl.config import UserError
+
+if TYPE_CHECKING:  # importing timm takes 2 s, see features.create_trunk
+    from timm.models.vision_transformer import VisionTransformer
 
 
 class ViTBackbone(Backbone):
@@ -154,6 +158,8 @@ def _plain_vit(made: nn.Module, config: BackboneConfig) -> VisionTransformer:
     Raises:
         UserError: it is another kind of ViT, or has no position table that DINO's rule applies to.
     """
+    from timm.models.vision_transformer import VisionTransformer  # there since `made` was made
+
     if not isinstance(made, VisionTransformer):
         raise UserError(
             f"method.backbone.name: {config.name} is a {type(made).__name__}, not a plain ViT; take "

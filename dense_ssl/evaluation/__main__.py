@@ -11,11 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from dense_ssl.config import UserError
-from dense_ssl.evaluation.results import RESULTS, table
-from dense_ssl.evaluation.suite import TASKS, evaluate, task_names
+from dense_ssl.evaluation.catalogue import TASKS, data_paths, task_names
+from dense_ssl.evaluation.kept import answer_of, question_of
+from dense_ssl.evaluation.results import RESULTS, Result, table
 
 _SPECS = """SPEC: a run folder, a checkpoint or official file, timm:NAME (published weights), random:NAME"""
 
@@ -41,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=True,
         help="also evaluate the same network at random initialisation",
     )
+    parser.add_argument(
+        "--again", action="store_true", help="compute what the run's folder has an answer to, too"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "settings",
@@ -51,30 +53,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        found = evaluate(
-            task_names(args.tasks),
-            args.checkpoint,
-            args.data,
-            args.settings,
-            out=args.out,
-            random=args.random,
-            device=args.device,
-        )
+        found = _answers(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        first = (str(error).splitlines() or [""])[0].split(". ")[0]
-        print(f"error: {first}: take a smaller batch_size or size", file=sys.stderr)
         return 2
     if os.environ.get("RANK", "0") != "0":
         return 0
     print(f"{args.checkpoint} (weights {found[0].weights[:12]}), percent\n")
     print(table(found))
-    folder = args.out or Path(args.checkpoint)
-    if (folder / RESULTS).is_file():
-        print(f"\nappended to {folder / RESULTS}")
+    folder = _folder(args)
+    if folder is not None:
+        print(f"\nkept in {folder / RESULTS}")
     return 0
+
+
+def _folder(args: argparse.Namespace) -> Path | None:
+    """Where results are kept, if anywhere."""
+    run = Path(args.checkpoint)
+    return args.out or (run if run.is_dir() else None)
+
+
+def _answers(args: argparse.Namespace) -> list[Result]:
+    """Return the results of all tasks in the order asked, those that are known already from the folder.
+
+    Raises:
+        UserError: an argument is wrong, or the data is not usable.
+    """
+    tasks = task_names(args.tasks)
+    paths = data_paths(tasks, args.data)
+    folder = _folder(args)
+    if folder is None:
+        return _computed(tasks, args, None, {})
+    asked = {"settings": args.settings, "random": args.random, "device": args.device}
+    questions = {
+        task: question_of(task, checkpoint=args.checkpoint, data=paths[task], **asked)
+        for task in tasks
+    }
+    known: dict[str, list[Result]] = {}
+    # Several ranks must go the same way, and a folder may not be the same on all machines.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    for task in tasks if alone and not args.again else ():
+        results, when = answer_of(folder, questions[task])
+        if results:
+            known[task] = results
+            print(f"{task}: as computed {when} (--again computes it once more)", file=sys.stderr)
+            for line in results[0].omitted:
+                print(f"{task}: left out of {results[0].data}: {line}", file=sys.stderr)
+    left = [task for task in tasks if task not in known]
+    found = _computed(left, args, folder, questions) if left else []
+    return [
+        result
+        for task in tasks
+        for result in known.get(task) or [each for each in found if each.task == task]
+    ]
+
+
+def _computed(
+    tasks: list[str], args: argparse.Namespace, folder: Path | None, questions: dict[str, str]
+) -> list[Result]:
+    # torch takes 2 s to import: help, a wrong word and what is known already shall not wait for it.
+    from dense_ssl.evaluation.suite import evaluate
+
+    return evaluate(
+        tasks,
+        args.checkpoint,
+        args.data,
+        args.settings,
+        out=folder,
+        random=args.random,
+        device=args.device,
+        questions=questions,
+    )
 
 
 if __name__ == "__main__":

@@ -82,10 +82,12 @@ def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def append_results(folder: Path, results: Iterable[Result]) -> None:
-    """Append results to `folder/eval.jsonl`, with the time."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    append(folder / RESULTS, [asdict(result) | {"time": now} for result in results])
+def append_results(folder: Path, results: Sequence[Result], question: str = "") -> None:
+    """Append the results of a task to `folder/eval.jsonl`, with the time and what they answer (kept.py)."""
+    about: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    if question:
+        about |= {"question": question, "rows": len(results)}
+    append(folder / RESULTS, [asdict(result) | about for result in results])
 
 
 def stored_baseline(folder: Path, key: str) -> dict[str, float] | None:

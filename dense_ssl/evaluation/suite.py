@@ -5,11 +5,12 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -17,23 +18,10 @@ from PIL import Image
 from dense_ssl.backbones import Backbone, make_backbone
 from dense_ssl.config import Config, UserError, apply_override, validate
 from dense_ssl.distributed import World, close_world, init_world, rank
-from dense_ssl.evaluation import (
-    correspondence,
-    davis,
-    finetune,
-    hummingbird,
-    knn,
-    linear,
-    results,
-    retrieve,
-    segment,
-    segment_train,
-    semi_supervised,
-    svm,
-)
+from dense_ssl.evaluation import results
+from dense_ssl.evaluation.catalogue import TASKS, data_paths
 from dense_ssl.evaluation.features import FeatureCache, content_key
 from dense_ssl.evaluation.results import Result
-from dense_ssl.evaluation.segment_protocols import CONFIGS as SEGMENT_CONFIGS
 from dense_ssl.weights.fingerprint import weights_sha256
 from dense_ssl.weights.pretrained import Loaded, load_backbone
 
@@ -42,62 +30,42 @@ PICTURES = "eval"  # folder below the run's
 _RANDOM_SEED = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a protocol file offers."""
+class Data(Protocol):
+    """What `load` of a protocol opens."""
 
-    config: type[Config]
-    load: Callable[[Path, Any], Any]  # data with `protocol`, `content` and `omitted`
-    run: Callable[[Backbone, Any, Any, FeatureCache | None], dict[str, float]]
-    # Called after `run` with the same arguments; what both need is in the cache.
-    pictures: Callable[[Backbone, Any, Any, FeatureCache | None], dict[str, Image.Image]] | None = (
-        None  # by name: RUN/eval/TASK-NAME.png
-    )
-    needs: tuple[str, ...] = ()  # modules beyond the core's
-    ranks: bool = False  # knows what to do under torchrun
-    resumes: bool = (
-        False  # a long job that keeps its state in the cache, for the untrained network too
-    )
+    protocol: str  # name and version
+    content: str  # hash of what is there
+    omitted: Any  # Omissions
 
 
-TASKS: dict[str, Task] = {
-    "knn": Task(knn.Config, knn.load, knn.run, knn.pictures, ranks=True),
-    "linear": Task(
-        linear.Config, linear.load, linear.run, linear.pictures, ranks=True, resumes=True
-    ),
-    "finetune": Task(
-        finetune.Config, finetune.load, finetune.run, finetune.pictures, ranks=True, resumes=True
-    ),
-    **dict.fromkeys(
-        ("segment", "segment-linear"),  # two names of one protocol
-        Task(segment.Config, segment.load, segment.run, segment.pictures),
-    ),
-    **{
-        config.task: Task(
-            config,
-            segment_train.load,
-            segment_train.run,
-            segment_train.pictures,
-            ranks=True,
-            resumes=True,
-        )
-        for config in SEGMENT_CONFIGS
-    },
-    "correspondence": Task(
-        correspondence.Config, correspondence.load, correspondence.run, correspondence.pictures
-    ),
-    "davis": Task(davis.Config, davis.load, davis.run, davis.pictures, ranks=True, resumes=True),
-    "semi-supervised": Task(
-        semi_supervised.Config, semi_supervised.load, semi_supervised.run, needs=("sklearn",)
-    ),
-    "hummingbird": Task(
-        hummingbird.Config, hummingbird.load, hummingbird.run, hummingbird.pictures
-    ),
-    "retrieve": Task(
-        retrieve.Config, retrieve.load, retrieve.run, retrieve.pictures, needs=("sklearn",)
-    ),
-    "svm": Task(svm.Config, svm.load, svm.run, needs=("sklearn",)),
-}
+class Evaluation(Protocol):
+    """What a protocol's file offers.
+
+    One may also have `pictures`, called after `run` with the same arguments (what both need is in the
+    cache): by name, those of RUN/eval/TASK-NAME.png.
+    """
+
+    def load(self, path: Path, config: Any) -> Data:
+        """Open the data."""
+        ...
+
+    def run(
+        self, backbone: Backbone, data: Any, config: Any, cache: FeatureCache | None
+    ) -> dict[str, float]:
+        """Return metrics in percent."""
+        ...
+
+
+def protocol_of(task: str) -> Evaluation:
+    """Return the module of a task's protocol."""
+    return cast(Evaluation, import_module(f"dense_ssl.evaluation.{TASKS[task].module}"))
+
+
+def config_of(task: str) -> type[Config]:
+    """Return the class of a task's settings."""
+    named = TASKS[task].config or f"{TASKS[task].module}.Config"
+    module, _, name = named.partition(".")
+    return getattr(import_module(f"dense_ssl.evaluation.{module}"), name)
 
 
 def evaluate(
@@ -109,18 +77,20 @@ def evaluate(
     out: Path | None = None,
     random: bool = True,
     device: str = "auto",
+    questions: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Result]:
     """Return the results of `tasks` on the backbone that `checkpoint` names.
 
     `data` is a path for all tasks or `task=path,task=path`. `overrides` are `key=value` for every task
     that has the key, or `task.key=value`. With `out` (a run folder does it by itself) results are
     appended to `out/eval.jsonl`, features kept in `out/features` and pictures drawn into `out/eval`.
-    `random` runs the same network at random initialisation beside it, once per settings.
+    `random` runs the same network at random initialisation beside it, once per settings. `questions` are
+    kept beside the results of their tasks (kept.py).
 
     Under torchrun every rank calls this and gets the results; rank 0 alone writes.
 
     Raises:
-        UserError: an argument is wrong, or the data is not usable.
+        UserError: an argument is wrong, the data is not usable, or a GPU's memory too small.
     """
     paths = data_paths(tasks, data)
     configs = configs_of(tasks, overrides)
@@ -130,7 +100,10 @@ def evaluate(
         out = Path(checkpoint)
     world = _world(device, tasks)
     try:
-        return _evaluate(tasks, loaded, paths, configs, out, random, world.device)
+        return _evaluate(tasks, loaded, paths, configs, out, random, world.device, questions)
+    except torch.OutOfMemoryError as error:
+        first = (str(error).splitlines() or [""])[0].split(". ")[0]
+        raise UserError(f"{first}: take a smaller batch_size or size") from None
     finally:
         close_world(world)
 
@@ -143,6 +116,7 @@ def _evaluate(
     out: Path | None,
     random: bool,
     where: torch.device,
+    questions: Mapping[str, str],
 ) -> list[Result]:
     _place(loaded.backbone, where)
     untrained = _untrained(loaded).backbone if random and not _is_random(loaded.name) else None
@@ -150,11 +124,11 @@ def _evaluate(
         _place(untrained, where)
     collected: list[Result] = []
     for name in tasks:
-        task, config, path = TASKS[name], configs[name], paths[name]
-        content = task.load(path, config)
+        protocol, config, path = protocol_of(name), configs[name], paths[name]
+        content = protocol.load(path, config)
         cache = FeatureCache(out / "features", loaded.sha256) if out else None
         started = time.perf_counter()
-        values = task.run(loaded.backbone, content, config, cache)
+        values = protocol.run(loaded.backbone, content, config, cache)
         seconds = time.perf_counter() - started
         memory_gb = _peak_memory_gb(where)
         settings = config.model_dump(mode="json")
@@ -162,12 +136,12 @@ def _evaluate(
         left_out = content.omitted.lines()
         for line in left_out if rank() == 0 else ():
             _log.warning("%s: left out of %s: %s", name, path, line)
-        if out and task.pictures is not None:
-            sheets = task.pictures(loaded.backbone, content, config, cache)
-            _draw(out / PICTURES, name, sheets)
+        pictures = getattr(protocol, "pictures", None)
+        if out and pictures is not None:
+            _draw(out / PICTURES, name, pictures(loaded.backbone, content, config, cache))
         baseline: Mapping[str, float] = {}
         if untrained is not None:
-            baseline = _baseline(task, untrained, content, config, out)
+            baseline = _baseline(name, untrained, content, config, out)
         found = results.results_of(
             values,
             baseline,
@@ -182,42 +156,9 @@ def _evaluate(
             memory_gb=round(memory_gb, 3),
         )
         if out and rank() == 0:
-            results.append_results(out, found)
+            results.append_results(out, found, questions.get(name, ""))
         collected += found
     return collected
-
-
-def task_names(text: str) -> list[str]:
-    """Return the tasks in `a,b`.
-
-    Raises:
-        UserError: there is no such task.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in TASKS:
-            raise UserError(f"no task {name!r}; there are: {', '.join(TASKS)}")
-    if not names:
-        raise UserError(f"name a task, or several with commas: {', '.join(TASKS)}")
-    return list(dict.fromkeys(names))
-
-
-def data_paths(tasks: Sequence[str], data: str) -> dict[str, Path]:
-    """Return where each task finds its data, from `PATH` or `task=PATH,task=PATH`.
-
-    Raises:
-        UserError: a task has no data, or its folder does not exist.
-    """
-    named = dict(part.split("=", 1) for part in data.split(",") if part.split("=")[0] in TASKS)
-    paths: dict[str, Path] = {}
-    for task in tasks:
-        text = named.get(task, "") if named else data
-        if not text:
-            raise UserError(f"{task}: no data given; use --data PATH or --data {task}=PATH,...")
-        paths[task] = Path(text)
-        if not paths[task].is_dir():
-            raise UserError(f"{task}: no such data folder: {text}")
-    return paths
 
 
 def configs_of(tasks: Sequence[str], overrides: Iterable[str]) -> dict[str, Any]:
@@ -234,12 +175,12 @@ def configs_of(tasks: Sequence[str], overrides: Iterable[str]) -> dict[str, Any]
         if equals and dot and task in given:
             own.append((task, override.partition(".")[2]))  # goes before one for all
             continue
-        takers = [name for name in tasks if key in TASKS[name].config.model_fields] or list(tasks)
+        takers = [name for name in tasks if key in config_of(name).model_fields] or list(tasks)
         for name in takers:
             apply_override(given[name], override)
     for task, override in own:
         apply_override(given[task], override)
-    return {task: validate(TASKS[task].config, given[task], task) for task in tasks}
+    return {task: validate(config_of(task), given[task], task) for task in tasks}
 
 
 def _require_modules(tasks: Sequence[str]) -> None:
@@ -263,7 +204,7 @@ def _is_random(checkpoint: str) -> bool:
 
 
 def _baseline(
-    task: Task, untrained: Backbone, content: Any, config: Config, out: Path | None
+    task: str, untrained: Backbone, content: Data, config: Config, out: Path | None
 ) -> dict[str, float]:
     """Metrics of the untrained network, from the run's folder if they are there."""
     settings = json.dumps(config.model_dump(mode="json"), sort_keys=True)
@@ -272,8 +213,8 @@ def _baseline(
     stored = results.stored_baseline(out, key) if out else None
     if stored is not None:
         return stored
-    cache = FeatureCache(out / "features", weights) if out and task.resumes else None
-    values = task.run(untrained, content, config, cache)
+    cache = FeatureCache(out / "features", weights) if out and TASKS[task].resumes else None
+    values = protocol_of(task).run(untrained, content, config, cache)
     if out and rank() == 0:
         record = {"key": key, "protocol": content.protocol, "weights": weights, "values": values}
         results.append(out / results.BASELINES, [record])

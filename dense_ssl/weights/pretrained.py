@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path, PosixPath
 from typing import Any, Literal
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -42,6 +41,7 @@ from dense_ssl.weights.layouts import (
     tensors,
 )
 from dense_ssl.weights.official import from_official
+from dense_ssl.weights.place import checkpoint_file
 
 _HARMLESS = [  # plain data that official checkpoints hold beside tensors
     argparse.Namespace,
@@ -95,20 +95,6 @@ def load_backbone(
     if trunk is not None:
         load_trunk(backbone, trunk, spec)
     return Loaded(backbone.eval(), spec, weights_sha256(backbone.trunk.state_dict()), config)
-
-
-def checkpoint_file(path: Path) -> Path:
-    """Return the checkpoint file of a run folder, or `path` itself where it is a file."""
-    if path.is_dir():
-        last = path / "checkpoints" / "last.pt"
-        if not last.is_file():
-            raise UserError(
-                f"{path}: no checkpoints/last.pt in it; is it a run folder, and did it save?"
-            )
-        return last
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file or run folder")
-    return path
 
 
 def exported_part(
@@ -242,6 +228,8 @@ def _published(name: str) -> dict[str, Tensor]:
 
 def _fetch(name: str) -> dict[str, Tensor]:
     """Return timm's published trunk, from its cache or the network."""
+    import timm  # takes 2 s, see backbones.features.create_trunk
+
     return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
 
 

@@ -1,0 +1,80 @@
+"""The tasks of the suite by name, and the words of a command checked against them, without torch.
+
+A task's protocol is imported when it is asked for: all together bring timm, torchvision and scikit-learn,
+which takes seconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dense_ssl.config import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Where a protocol is, and what is to be known before it is imported."""
+
+    module: str  # in dense_ssl.evaluation; has load, run and, where there are any, pictures
+    config: str = ""  # MODULE.CLASS of its settings; `Config` of its own module when empty
+    needs: tuple[str, ...] = ()  # modules beyond the core's
+    ranks: bool = False  # knows what to do under torchrun
+    # A long job that keeps its state in the cache, for the untrained network too.
+    resumes: bool = False
+
+
+def _trained_segmentation(config: str) -> Task:
+    return Task("segment_train", f"segment_protocols.{config}", ranks=True, resumes=True)
+
+
+TASKS: dict[str, Task] = {
+    "knn": Task("knn", ranks=True),
+    "linear": Task("linear", ranks=True, resumes=True),
+    "finetune": Task("finetune", ranks=True, resumes=True),
+    "segment": Task("segment"),
+    "segment-linear": Task("segment"),  # its other name
+    "segment-fcn": _trained_segmentation("FcnConfig"),
+    "segment-upernet": _trained_segmentation("UperNetConfig"),
+    "segment-fpn": _trained_segmentation("FpnConfig"),
+    "segment-frozen": _trained_segmentation("FrozenConfig"),
+    "segment-finetune": _trained_segmentation("FinetuneConfig"),
+    "correspondence": Task("correspondence"),
+    "davis": Task("davis", ranks=True, resumes=True),
+    "semi-supervised": Task("semi_supervised", needs=("sklearn",)),
+    "hummingbird": Task("hummingbird"),
+    "retrieve": Task("retrieve", needs=("sklearn",)),
+    "svm": Task("svm", needs=("sklearn",)),
+}
+
+
+def task_names(text: str) -> list[str]:
+    """Return the tasks in `a,b`.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"no task {name!r}; there are: {', '.join(TASKS)}")
+    if not names:
+        raise UserError(f"name a task, or several with commas: {', '.join(TASKS)}")
+    return list(dict.fromkeys(names))
+
+
+def data_paths(tasks: Sequence[str], data: str) -> dict[str, Path]:
+    """Return where each task finds its data, from `PATH` or `task=PATH,task=PATH`.
+
+    Raises:
+        UserError: a task has no data, or its folder does not exist.
+    """
+    named = dict(part.split("=", 1) for part in data.split(",") if part.split("=")[0] in TASKS)
+    paths: dict[str, Path] = {}
+    for task in tasks:
+        text = named.get(task, "") if named else data
+        if not text:
+            raise UserError(f"{task}: no data given; use --data PATH or --data {task}=PATH,...")
+        paths[task] = Path(text)
+        if not paths[task].is_dir():
+            raise UserError(f"{task}: no such data folder: {text}")
+    return paths

@@ -1,0 +1,142 @@
+"""What a run's folder knows is answered without torch; what may have changed is computed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataprep.synthetic import write_class_folders
+from dense_ssl.backbones import BackboneConfig, make_backbone
+from dense_ssl.evaluation import catalogue, results, suite
+from dense_ssl.evaluation.__main__ import main
+from dense_ssl.evaluation.kept import answer_of, question_of
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def asked(tmp_path) -> list[str]:
+    torch.manual_seed(3)
+    torch.save(
+        make_backbone(BackboneConfig(name="test_vit")).trunk.state_dict(), tmp_path / "net.pth"
+    )
+    for split in ("train", "val"):
+        write_class_folders(tmp_path / "d" / split, 3, 4)
+    (tmp_path / "d/train/class_0/broken.jpg").write_bytes(b"no image")
+    return [
+        "knn", "--checkpoint", f"{tmp_path}/net.pth?arch=test_vit", "--data", str(tmp_path / "d"),
+        "--out", str(tmp_path / "run"), "--device", "cpu", "size=32", "k=3",
+    ]  # fmt: skip
+
+
+def test_the_same_question_is_answered_at_once(asked, tmp_path, capsys, monkeypatch):
+    assert main(asked) == 0
+    first = capsys.readouterr()
+    lines = (tmp_path / "run/eval.jsonl").read_text()
+    monkeypatch.setattr(suite, "evaluate", None)  # computing would now fail
+    assert main(asked) == 0
+    second = capsys.readouterr()
+    assert second.out == first.out
+    assert "knn: as computed 20" in second.err and "--again" in second.err
+    assert "broken.jpg" in second.err  # what was left out is said again
+    assert (tmp_path / "run/eval.jsonl").read_text() == lines
+    with pytest.raises(TypeError):
+        main([*asked, "--again"])
+
+
+@pytest.mark.parametrize("change", ["setting", "weights", "image", "torn", "forgotten", "program"])
+def test_what_may_have_changed_is_computed(change, asked, tmp_path, capsys, monkeypatch):
+    assert main(asked) == 0
+    kept = tmp_path / "run/eval.jsonl"
+    if change == "setting":
+        asked = [*asked, "k=2"]
+    elif change == "weights":
+        torch.manual_seed(4)
+        other = make_backbone(BackboneConfig(name="test_vit")).trunk.state_dict()
+        torch.save(other, tmp_path / "net.pth")
+    elif change == "image":
+        (tmp_path / "d/train/class_0/broken.jpg").unlink()
+    elif change == "torn":  # half of its rows
+        kept.write_text(kept.read_text().splitlines(keepends=True)[0])
+    elif change == "forgotten":
+        kept.unlink()
+    else:
+        monkeypatch.setattr("dense_ssl.evaluation.kept._LIBRARIES", ("numpy",))
+    capsys.readouterr()
+    before = len(kept.read_text().splitlines()) if kept.exists() else 0
+    assert main(asked) == 0
+    assert "as computed" not in capsys.readouterr().err
+    assert len(kept.read_text().splitlines()) == before + 2
+
+
+def test_the_others_of_several_tasks_are_computed(asked, capsys, monkeypatch):
+    assert main(asked) == 0
+    alone = capsys.readouterr().out.splitlines()
+    seen = []
+
+    def evaluate(tasks, *_, **__):
+        seen.append(tasks)
+        return results.results_of(
+            {"top1": 5.0}, {}, task="linear", protocol="linear/v1", checkpoint="", weights="",
+            data="", settings={}, omitted=[],
+        )  # fmt: skip
+
+    monkeypatch.setattr(suite, "evaluate", evaluate)
+    assert main(["linear,knn", *asked[1:]]) == 0
+    assert seen == [["linear"]]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    at = [row[0] for row in rows if row].index("linear/v1")
+    known = [line.split() for line in alone if line.startswith("knn/v1")]
+    assert [row for row in rows if row][at + 1 : at + 3] == known
+
+
+def test_links_and_unseen_folders(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/up").symlink_to(tmp_path)  # a loop
+    (tmp_path / "d/nothing").symlink_to(tmp_path / "gone")
+    (tmp_path / "w.pth").touch()
+    about = {"checkpoint": str(tmp_path / "w.pth"), "random": True, "device": "cpu"}
+    first = question_of("knn", data=tmp_path / "d", settings=["davis.size=3"], **about)
+    assert first == question_of("knn", data=tmp_path / "d", settings=[], **about)
+    assert first != question_of("knn", data=tmp_path / "d", settings=["size=3"], **about)
+    (tmp_path / "list.txt").write_text("a")
+    named = [f"subset={tmp_path / 'list.txt'}"]
+    listed = question_of("knn", data=tmp_path / "d", settings=named, **about)
+    (tmp_path / "list.txt").write_text("a, b")
+    assert listed != question_of("knn", data=tmp_path / "d", settings=named, **about)
+    assert question_of("knn", data=tmp_path / "none", settings=[], **about) == ""
+    assert answer_of(tmp_path, "") == ([], "")
+
+
+def test_every_task_of_the_catalogue_is_a_protocol():
+    for name in catalogue.TASKS:
+        protocol = suite.protocol_of(name)
+        assert callable(protocol.load) and callable(protocol.run)
+        assert getattr(suite.config_of(name), "task", name) == name
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["dense_ssl.evaluation", "--help"], 0, "segment-fcn"),
+        (["dense_ssl.evaluation", "fly", "--checkpoint", "x", "--data", "."], 2, "no task 'fly'"),
+        (["dense_ssl.evaluation", "knn", "--checkpoint", "x", "--data", "none"], 2, "no such data"),
+        (["dense_ssl.evaluation", "knn", "--checkpoint", "x", "--data", ".", "--out", "y"], 2, "no such"),
+        (["dense_ssl.start", "--help"], 0, "--eval-data"),
+        (["dense_ssl.start", "densecl", "--eval", "fly"], 2, "no task 'fly'"),
+    ],
+)  # fmt: skip
+def test_words_are_answered_without_torch(words, code, says, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, says in done.stdout + done.stderr) == (code, True), done.stderr
