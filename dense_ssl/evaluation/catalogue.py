@@ -38,6 +38,7 @@ TASKS: dict[str, Task] = {
     "segment-fpn": _trained_segmentation("FpnConfig"),
     "segment-frozen": _trained_segmentation("FrozenConfig"),
     "segment-finetune": _trained_segmentation("FinetuneConfig"),
+    "attention": Task("attention", ranks=True),
     "correspondence": Task("correspondence"),
     "davis": Task("davis", ranks=True, resumes=True),
     "semi-supervised": Task("semi_supervised", needs=("sklearn",)),

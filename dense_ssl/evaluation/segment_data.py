@@ -4,6 +4,7 @@
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 PROTOCOL = "segment-linear/v1"
+SPLITS = ("train", "val")
 Labels = Literal["category", "supercategory", "stuff"]  # of COCO: its instances, or its pixel maps
 
 
@@ -56,17 +58,19 @@ def open_segmentation(
     max_val: int | None,
     train_split: str | None = None,
     most_classes: int = MOST_CLASSES,
+    splits: Sequence[str] = SPLITS,
 ) -> SegmentData:
     """Return the data at `root`, at most `max_train` and `max_val` images, evenly spaced.
 
     train_split: of VOC, `train` or `trainaug`; None takes the larger one that is there.
+    splits: those that are needed; the other one stays empty, and nothing of it is opened.
 
     Raises:
         UserError: none of the layouts is there, nothing in it is usable, or it has too many classes.
     """
     limits = (max_train, max_val)
     if labels != "stuff" and coco.is_coco(root):
-        return _open_coco(root, labels, limits)
+        return _open_coco(root, labels, limits, splits)
     found = find_layout(root, train_split) or find_coco_stuff(root)
     if found is None:
         raise UserError(
@@ -79,13 +83,19 @@ def open_segmentation(
         raise UserError(
             f"{root}: {len(found.classes)} classes; this task takes {most_classes} at most"
         )
-    return _opened(root, found, limits)
+    return _opened(root, found, limits, splits)
 
 
-def _opened(root: Path, found: Layout, limits: tuple[int | None, int | None]) -> SegmentData:
+def _opened(
+    root: Path, found: Layout, limits: tuple[int | None, int | None], splits: Sequence[str]
+) -> SegmentData:
     omitted = Omissions()
-    parts, content = [], [found.name, *found.classes]
-    for split, pairs, limit in zip(("train", "val"), (found.train, found.val), limits):
+    parts: list[tuple[LabelledImage, ...]] = []
+    content = [found.name, *found.classes]
+    for split, pairs, limit in zip(SPLITS, (found.train, found.val), limits):
+        if split not in splits:
+            parts.append(())
+            continue
         images, stamps = usable_images(
             pairs, found.read, split, f"{root} ({split})", limit, omitted
         )
@@ -122,13 +132,18 @@ def semantic_map(image: coco.AnnotatedImage, numbers: dict[int, int]) -> np.ndar
     return labels
 
 
-def _open_coco(root: Path, labels: Labels, limits: tuple[int | None, int | None]) -> SegmentData:
+def _open_coco(
+    root: Path, labels: Labels, limits: tuple[int | None, int | None], splits: Sequence[str]
+) -> SegmentData:
     omitted = Omissions()
     parts: list[tuple[LabelledImage, ...]] = []
     content: list[str] = [labels]
     first: dict[int, tuple[str, str]] = {}
     names: list[str] = []
-    for part, limit in zip(("train", "val"), limits):
+    for part, limit in zip(SPLITS, limits):
+        if part not in splits:
+            parts.append(())
+            continue
         name = coco.split_name(root, part)
         split = coco.read_split(root, name, omitted)
         if not first:
