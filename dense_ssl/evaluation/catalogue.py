@@ -29,6 +29,7 @@ def _trained_segmentation(config: str) -> Task:
 
 TASKS: dict[str, Task] = {
     "knn": Task("knn", ranks=True),
+    "object-knn": Task("object_knn", ranks=True),
     "linear": Task("linear", ranks=True, resumes=True),
     "finetune": Task("finetune", ranks=True, resumes=True),
     "segment": Task("segment"),

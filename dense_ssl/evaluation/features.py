@@ -67,8 +67,11 @@ def extract(
     omitted: Omissions,
     label: str,
     precision: Literal["fp32", "bf16"] = "fp32",
+    beside: Callable[[T], Tensor] | None = None,
 ) -> Extracted:
     """Return `reduce(backbone(x))` of every image, on the CPU; x is normalised, float [B, 3, H, W].
+
+    With `beside`, `reduce(backbone(x, y))`, where y stacks what it says of each image.
 
     `read` gives one image as uint8 [3, H, W], all of one size. Images it cannot read (OSError,
     ValueError) are left out and noted in `omitted`. `key` names the content: images, how they are read
@@ -85,7 +88,9 @@ def extract(
     known = everyone(stored is not None)  # of all ranks, so that they go the same way
     if stored is None or not all(known):
         share = range(rank(), len(images), world_size())
-        computed = _compute(backbone, images, share, read, reduce, batch_size, label, precision)
+        computed = _compute(
+            backbone, images, share, read, reduce, batch_size, label, precision, beside
+        )
         stored = _merged(everyone(computed))
         if path is not None and rank() == 0:
             _save(path, stored)
@@ -155,6 +160,7 @@ def _compute(
     batch_size: int,
     label: str,
     precision: str,
+    beside: Callable[[T], Tensor] | None,
 ) -> dict:
     """Features of the images at the positions `share`."""
     kept: list[int] = []
@@ -173,9 +179,12 @@ def _compute(
 
     def flush() -> None:
         if batch:
-            x = torch.stack(batch).to(device, non_blocking=True)
+            given = [normalised(torch.stack(batch).to(device, non_blocking=True))]
+            if beside is not None:
+                own = [beside(images[position]) for position in kept[-len(batch) :]]
+                given.append(torch.stack(own).to(device))
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                results.append(reduce(backbone(normalised(x))).cpu())
+                results.append(reduce(backbone(*given)).cpu())
             batch.clear()
 
     training = backbone.training
