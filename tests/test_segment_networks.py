@@ -261,6 +261,18 @@ def test_names_say_whether_numbers_are_the_published_ones():
         assert FcnConfig(**changed).protocol("voc") == "segment-fcn/voc-densecl/v1*"
 
 
+def test_the_augmented_test_has_a_name():
+    named = {
+        "ade20k-small": {}, "ade20k-small/v1+ms+flip": {"test_scales": "ms", "test_flip": True},
+        "v1+flip": {"test_flip": "true"}, "v1*": {"test_scales": "0.5,1"},
+    }  # fmt: skip
+    for text, settings in named.items():
+        assert text in UperNetConfig(**settings).protocol("ade20k")
+    assert UperNetConfig(test_scales=(1.0,)).protocol("ade20k") == "segment-upernet/ade20k-small/v1"
+    with pytest.raises(ValueError, match="greater than 0"):
+        UperNetConfig(test_scales=(0.0, 1.0))
+
+
 def test_sizes_move_together():
     config = FcnConfig(settings="cityscapes-densecl", size="192,256")
     factor = 192 / 769

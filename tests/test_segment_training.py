@@ -19,7 +19,7 @@ from dense_ssl.config import UserError
 from dense_ssl.distributed import close_world, init_world
 from dense_ssl.evaluation import segment_train
 from dense_ssl.evaluation.__main__ import main
-from dense_ssl.evaluation.features import FeatureCache
+from dense_ssl.evaluation.features import FeatureCache, normalised
 from dense_ssl.evaluation.label_maps import LabelledImage
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.segment_augment import (
@@ -73,22 +73,29 @@ def discs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
-    """Images of two colours, which are the classes; in `random` the labels are of 16 x 16 blocks."""
+    """Images of two colours, which are the classes; in `random` the labels are of 16 x 16 blocks.
+
+    Half a cell of 16 pixels to either side of the boundary is void, as around VOC's objects: what is
+    there cannot be told at that stride, so all networks can be asked for more than 95.
+    """
     root = tmp_path_factory.mktemp("halves")
     rng = np.random.default_rng(0)
     colours = np.array([(60, 60, 200), (200, 60, 60), (60, 200, 60)])
     for split in ("train", "trainannot", "val", "valannot"):
         for kind in ("true", "random"):
             (root / kind / split).mkdir(parents=True)
-            (root / kind / "classes.txt").write_text("0 blue\n1 red\n2 green\n")
+            (root / kind / "classes.txt").write_text("0 blue\n1 red\n2 green\n3 void\n")
     for split in ("train", "val"):
         for number in range(8):
             labels = np.zeros((64, 64), np.uint8)
             labels[:32], labels[32:] = rng.permutation(3)[:2]
-            labels = labels.T.copy() if number % 2 else labels
+            known = labels.copy()
+            known[24:40] = 3
+            if number % 2:
+                labels, known = labels.T.copy(), known.T.copy()
             image = np.clip(colours[labels] + rng.normal(0, 10, (64, 64, 3)), 0, 255)
             other = np.kron(rng.integers(0, 3, (4, 4), np.uint8), np.ones((16, 16), np.uint8))
-            for kind, said in (("true", labels), ("random", other)):
+            for kind, said in (("true", known), ("random", other)):
                 Image.fromarray(image.astype(np.uint8)).save(root / kind / split / f"{number}.png")
                 Image.fromarray(said).save(root / kind / f"{split}annot" / f"{number}.png")
     return root
@@ -284,6 +291,58 @@ def test_every_test_answers_at_the_labels_size(test):
     assert (found[:, :32] == 0).all() and (found[:, 38:] == 1).all()
 
 
+@pytest.mark.parametrize("test", ["squash", "whole", "slide"])
+def test_several_scales_and_mirrors_equal_the_mean_of_their_probabilities(test):
+    """Against torch's own resizing at every step; the network prefers one side, so mirrors matter."""
+    torch.manual_seed(1)
+    image = smooth(40, 60)
+    layer = torch.nn.Conv2d(3, 4, 9, stride=4, padding=4)
+
+    def network(x):
+        across = torch.linspace(-1, 1, -(-x.shape[3] // 4))
+        return 3 * layer(x) + across
+
+    config = FcnConfig(
+        size=32, test=test, window_stride=20, test_scales=(0.5, 1, 1.75), test_flip=True
+    )
+    found = predict(network, image, config, multiple=4, device=torch.device("cpu"))
+    parts = []
+    for scale in (0.5, 1, 1.75):
+        fit = fitted((40, 60), (config.scale[0] * scale, config.scale[1] * scale))
+        height, width = (round(32 * scale),) * 2 if test == "squash" else fit
+        shown = torch.from_numpy(resized(image, (height, width), "bilinear").copy())
+        x = normalised(shown.permute(2, 0, 1)[None])
+        for mirrored in (False, True):
+            given = x.flip(3) if mirrored else x
+            if test == "slide":
+                scores = slid(network, given, (32, 32), 20, 4, False)
+            else:
+                scores = filled_up(network, given, 4, False)
+            scores = scores.flip(3) if mirrored else scores
+            size = (32, 32) if test == "squash" else (40, 60)
+            parts.append(F.interpolate(scores, size, mode="bilinear").softmax(1))
+    expected = torch.stack(parts).mean(0)[0].argmax(0).detach().numpy()
+    if test == "squash":
+        expected = resized_labels(expected, (40, 60))
+    assert len(np.unique(found)) > 1 and (found == expected).mean() > 0.999
+    plain = predict(network, image, config.single(), multiple=4, device=torch.device("cpu"))
+    assert (plain != found).any()
+
+
+def test_another_test_finds_the_network_trained(halves, tiny_resnet, tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path, "a" * 64)
+    config = FCN.model_copy(update={"epochs": 2})
+    data = segment_train.load(halves / "true", config)
+    segment_train.run(tiny_resnet, data, config, cache)
+    monkeypatch.setattr(segment_train, "_train", None)  # calling it would fail
+    more = FcnConfig(
+        **config.model_dump() | {"test_scales": "ms", "test_flip": True, "steps": None}
+    )
+    data = segment_train.load(halves / "true", more)
+    assert data.protocol == "segment-fcn/voc-revisiting/v1+ms+flip*"
+    assert 0 < segment_train.run(tiny_resnet, data, more, cache)["mIoU"] <= 100
+
+
 def test_large_images_are_answered_at_a_thousand_pixels():
     def network(x):
         return torch.cat([x[:, :1], -x[:, :1]], dim=1)
@@ -317,8 +376,8 @@ def test_networks_learn_separable_classes(halves, tiny_resnet, config):
     backbone = tiny_resnet if config is FCN else vit
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
     values = segment_train.run(backbone, segment_train.load(halves / "true", config), config)
-    assert values["aAcc"] > 95 and values["chance/mAcc"] == pytest.approx(100 / 3)
-    assert values["mIoU"] > (90 if config is FCN else 95)  # 16 pixels a cell blur the one boundary
+    assert values["aAcc"] > 95 and values["mIoU"] > 95
+    assert values["chance/mAcc"] == pytest.approx(100 / 3)
     assert all(torch.equal(x, before[name]) for name, x in backbone.state_dict().items())
 
 

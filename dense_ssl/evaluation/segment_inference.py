@@ -7,6 +7,9 @@
 | whole  | the image fitted into `scale`                       | scores to its size, then to the labels'    |
 | slide  | windows of that, which overlap                      | means of their scores, then to the labels' |
 | short  | the image with a shorter side of size x 256 / 224   | scores to its size, then to the labels'    |
+
+With several `test_scales`, or `test_flip`, the network sees the image in all these sizes, and mirrored: the
+means of its probabilities decide, taken at the labels' size (mmsegmentation's augmented test).
 """
 
 from collections.abc import Callable, Sequence
@@ -38,20 +41,37 @@ def predict(
     multiple: what the sides it can take are multiples of; an image is filled up with the mean colour.
     """
     size = (image.shape[0], image.shape[1])
-    shown = resized(image, _input_size(size, config), config.resampling)
-    x = normalised(torch.from_numpy(np.ascontiguousarray(shown)).permute(2, 0, 1)[None].to(device))
-    corners = config.align_corners
-    if config.test == "slide":
-        assert config.window_stride is not None
-        scores = slid(network, x, config.size, config.window_stride, multiple, corners)
-    else:
-        scores = filled_up(network, x, multiple, corners)
+    decided = size  # where classes are
     if config.test == "squash":
-        return resized_labels(_classes(scores), size)
-    if config.test == "short" and size[0] * size[1] > _LARGEST**2:
-        small = fitted(size, (_LARGEST, _LARGEST))
-        return resized_labels(_classes(enlarged(scores, small, corners)), size)
-    return _classes(enlarged(scores, size, corners))
+        decided = config.size
+    elif config.test == "short" and size[0] * size[1] > _LARGEST**2:
+        decided = fitted(size, (_LARGEST, _LARGEST))
+    views = [
+        (s, m)
+        for s in config.test_scales
+        for m in ((False, True) if config.test_flip else (False,))
+    ]
+    total = torch.zeros((), device=device)
+    for scale, mirrored in views:
+        shown = resized(image, _input_size(size, config, scale), config.resampling)
+        pixels = np.ascontiguousarray(shown[:, ::-1] if mirrored else shown)
+        x = normalised(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device))
+        scores = _scores(network, x, config, multiple)
+        scores = enlarged(scores.flip(3) if mirrored else scores, decided, config.align_corners)
+        # One view: its scores say the same as its probabilities.
+        total = total + scores.softmax(1) if len(views) > 1 else scores
+    classes = total[0].argmax(0).cpu().numpy()
+    return classes if decided == size else resized_labels(classes, size)
+
+
+def _scores(
+    network: Callable[[Tensor], Tensor], x: Tensor, config: TrainedConfig, multiple: int
+) -> Tensor:
+    """Scores [1, C, h, w] of images [1, 3, h, w], from windows or of the whole."""
+    if config.test != "slide":
+        return filled_up(network, x, multiple, config.align_corners)
+    assert config.window_stride is not None
+    return slid(network, x, config.size, config.window_stride, multiple, config.align_corners)
 
 
 def slid(
@@ -98,23 +118,18 @@ def enlarged(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor
     return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
-def _input_size(size: tuple[int, int], config: TrainedConfig) -> tuple[int, int]:
-    """Height and width of what the network sees of an image."""
-    if config.test == "squash":
-        return config.size
-    if config.test == "native":
-        return size
+def _input_size(size: tuple[int, int], config: TrainedConfig, scale: float) -> tuple[int, int]:
+    """Height and width of what the network sees of an image, `scale` times those of the protocol."""
+    if config.test in ("squash", "native"):
+        height, width = config.size if config.test == "squash" else size
+        return max(round(scale * height), 1), max(round(scale * width), 1)
     if config.test == "short":
-        shorter = config.size[0] * 256 / 224
+        shorter = scale * config.size[0] * 256 / 224
         return fitted(size, (max(size) * shorter, shorter))
-    return fitted(size, config.scale)
+    return fitted(size, (scale * config.scale[0], scale * config.scale[1]))
 
 
 def _ends(length: int, window: int, stride: int) -> list[int]:
     """Where the windows along one side end."""
     count = -(-max(length - window, 0) // stride) + 1
     return [min(number * stride + window, length) for number in range(count)]
-
-
-def _classes(scores: Tensor) -> np.ndarray:
-    return scores[0].argmax(0).cpu().numpy()

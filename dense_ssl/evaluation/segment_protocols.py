@@ -18,8 +18,10 @@ Side = Annotated[int, Field(ge=16)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # Beside these, every number belongs to the protocol. Void around rotated images is ours: see `fill`.
 _FREE = frozenset(
-    {"settings", "fill", "precision", "accumulate", "seed", "workers", "labels", "max_train", "max_val"}
+    {"settings", "fill", "precision", "accumulate", "seed", "workers", "labels", "max_train", "max_val",
+     "test_scales", "test_flip"}
 )  # fmt: skip
+MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's augmented test; iBOT, ADE20K
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,10 @@ class TrainedConfig(BaseConfig):
     # The test
     test: Literal["squash", "native", "whole", "slide", "short"]
     window_stride: Annotated[int, Field(ge=1)] | None = None  # slide: pixels between windows
+    test_scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        1.0,
+    )  # `ms`: MULTI_SCALE
+    test_flip: bool = False  # the mirrored image too
     select: Literal["last", "best"] = "last"  # best: of the epochs, by mIoU on val
     # Ours
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -113,6 +119,15 @@ class TrainedConfig(BaseConfig):
     def _both_sides(cls, value: Any) -> Any:
         return _sides(value)
 
+    @field_validator("test_scales", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        if value == "ms":
+            return MULTI_SCALE
+        if isinstance(value, str):
+            return value.split(",")
+        return (value,) if isinstance(value, int | float) else value
+
     @model_validator(mode="after")
     def _whole(self) -> "TrainedConfig":
         if (self.steps is None) == (self.epochs is None):
@@ -129,11 +144,21 @@ class TrainedConfig(BaseConfig):
         return self.published[self.settings]
 
     def protocol(self, layout: str) -> str:
-        """Return the name and version under which results on a data set's layout are kept."""
+        """Return the name and version under which results on a data set's layout are kept.
+
+        `+ms` and `+flip` are the published augmented test; other scales count as a changed number.
+        """
         published = type(self)(settings=self.settings)  # pyright: ignore[reportCallIssue]
         own, theirs = self.model_dump(exclude=set(_FREE)), published.model_dump(exclude=set(_FREE))
         changed = own != theirs or layout != self.of.layout or bool(self.max_train or self.max_val)
-        return f"{self.task}/{self.settings}/v1{'*' if changed else ''}"
+        augmented = "+ms" if self.test_scales == MULTI_SCALE else ""
+        augmented += "+flip" if self.test_flip else ""
+        changed |= self.test_scales not in ((1.0,), MULTI_SCALE)
+        return f"{self.task}/{self.settings}/v1{augmented}{'*' if changed else ''}"
+
+    def single(self) -> "TrainedConfig":
+        """Return the same with the plain test, by which epochs are compared."""
+        return self.model_copy(update={"test_scales": (1.0,), "test_flip": False})
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimiser's steps in the whole run."""

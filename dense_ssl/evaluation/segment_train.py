@@ -106,8 +106,9 @@ def _trained(
     crops = TrainingCrops(data.train, config, data.omitted)
     if crops.micro_batch < 2 and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         raise UserError("batch_size: two images per rank and micro-batch at least, for BatchNorm")
-    settings = config.model_dump_json(exclude={"workers"})
-    key = content_key(config.task, data.protocol, data.content, settings)
+    # How the test is made changes no weight: its other ways find the network trained.
+    settings = config.model_dump_json(exclude={"workers", "test_scales", "test_flip"})
+    key = content_key(config.task, data.layout, data.content, settings)
     job = _Job(cache.job(key) if cache else None)
     start = job.resume(model, optimizer)
     total = config.total_steps(crops.steps_per_epoch)
@@ -161,7 +162,7 @@ def _train(
         done = step + 1
         if config.select == "best" and (done == total or done % crops.steps_per_epoch == 0):
             share_buffers(model)
-            job.compare(model, _mean_iou(model, data, config))
+            job.compare(model, _mean_iou(model, data, config.single()))
             model.train()
         if done == total or job.due():
             _require_finite(model, done)
