@@ -16,9 +16,9 @@ from dense_ssl.evaluation.segment_protocols import (
     FpnConfig,
     FrozenConfig,
     UperNetConfig,
-    learning_rate,
 )
 from dense_ssl.evaluation.segment_trunks import ResNetStages, ViTLevels, tap_blocks
+from dense_ssl.evaluation.trained_settings import learning_rate
 
 
 def count(module: nn.Module) -> int:

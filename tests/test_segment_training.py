@@ -17,14 +17,14 @@ from dataprep.synthetic import write_camvid_discs
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
 from dense_ssl.distributed import close_world, init_world
-from dense_ssl.evaluation import segment_train
+from dense_ssl.evaluation import segment_train, trained_job
 from dense_ssl.evaluation.__main__ import main
+from dense_ssl.evaluation.draws import Draws
 from dense_ssl.evaluation.features import FeatureCache, normalised
 from dense_ssl.evaluation.label_maps import LabelledImage
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.segment_augment import (
     MEAN_COLOUR,
-    Draws,
     any_scale,
     distorted,
     fitted,
@@ -398,7 +398,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(discs, tiny_resnet, tmp_p
     data = segment_train.load(discs, config)
     whole = segment_train._trained(tiny_resnet, data, config, None).state_dict()
     cache = FeatureCache(tmp_path, "w")
-    monkeypatch.setattr(segment_train, "_KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(trained_job, "KEEP_SECONDS", 0.0)
     loss, calls = segment_train.segmentation_loss, []
 
     def interrupted(*args):

@@ -16,38 +16,14 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as colour
 
 from dense_ssl.augment import MEAN
+from dense_ssl.evaluation.draws import Draws
 from dense_ssl.evaluation.label_maps import WIDE_VOID
-from dense_ssl.rng import fold_np, uniform_np
 
 Resampling = Literal["bilinear", "bicubic", "antialiased"]
 Sample = tuple[np.ndarray, np.ndarray]
 MEAN_COLOUR = np.array([round(255 * part) for part in MEAN], np.uint8)  # 0 once normalised
-_BLOCK = 64  # draws made at a time
 _TRIES = 10  # of a crop that is not all one class
 _OUTSIDE = -2  # label of what lies around the image
-
-
-class Draws:
-    """Numbers of one key, one after the other."""
-
-    def __init__(self, key: np.uint64) -> None:
-        self._key, self._blocks = key, 0
-        self._left: list[float] = []
-
-    def uniform(self, low: float, high: float) -> float:
-        """Return a number in [low, high)."""
-        if not self._left:
-            block = uniform_np(fold_np(self._key, self._blocks), _BLOCK)
-            self._left, self._blocks = block[::-1].tolist(), self._blocks + 1
-        return low + (high - low) * self._left.pop()
-
-    def below(self, count: int) -> int:
-        """Return one of 0 ... count - 1."""
-        return int(self.uniform(0, count))
-
-    def chance(self, probability: float) -> bool:
-        """Return true with a probability."""
-        return self.uniform(0, 1) < probability
 
 
 def resized(image: np.ndarray, size: tuple[int, int], how: Resampling) -> np.ndarray:

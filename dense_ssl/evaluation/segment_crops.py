@@ -1,25 +1,16 @@
-"""Training crops of labelled images, batch after batch, from any step of a run on.
-
-Order and draws are keyed by (seed, epoch, image): neither workers nor a resumed job change what is seen.
-"""
+"""Training crops of labelled images, batch after batch, from any step of a run on."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
-from os import getpid
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from dense_ssl.config import UserError
-from dense_ssl.distributed import rank, world_size
+from dense_ssl.evaluation.draws import Draws
 from dense_ssl.evaluation.label_maps import LabelledImage, signed
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.segment_augment import (
-    Draws,
     Sample,
     any_scale,
     listed_scale,
@@ -27,13 +18,9 @@ from dense_ssl.evaluation.segment_augment import (
     rotate_zoom,
 )
 from dense_ssl.evaluation.segment_protocols import TrainedConfig
-from dense_ssl.loaders import share_of_cores
-from dense_ssl.loaders.folder import end_with, worker_context
-from dense_ssl.loaders.order import Order
-from dense_ssl.rng import fold_np, key_of
+from dense_ssl.evaluation.training_samples import TrainingSamples
 
 STREAM = int.from_bytes(b"segcrop", "big")  # this module's branch of the random numbers of a seed
-_READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class TrainingCrops:
@@ -47,36 +34,10 @@ class TrainingCrops:
         Raises:
             UserError: the batch does not divide among ranks and micro-batches, or exceeds the images.
         """
-        if len(images) < config.batch_size:
-            raise UserError(
-                f"train: {len(images)} images make no batch of {config.batch_size}; lower batch_size"
-            )
-        shares = world_size() * config.accumulate
-        if config.batch_size % shares:
-            raise UserError(
-                f"batch_size={config.batch_size} is not a multiple of {shares}, as it must be"
-            )
-        self._images, self._config, self._omitted = images, config, omitted
-        self._lost: set[int] = set()
-        self._order = Order(
-            len(images),
-            config.batch_size,
-            world_size=world_size(),
-            rank=rank(),
-            accumulate=config.accumulate,
-            seed=config.seed,
-        )
-        self._show = _Show(images, config)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of the optimiser per epoch."""
-        return self._order.steps_per_epoch
-
-    @property
-    def micro_batch(self) -> int:
-        """Crops in one batch of this rank."""
-        return self._order.micro_batch
+        show = _Show(images, config)
+        self._samples = TrainingSamples(images, show, config, omitted, stream=STREAM)
+        self.steps_per_epoch = self._samples.steps_per_epoch
+        self.micro_batch = self._samples.micro_batch
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the micro-batches of the steps from `start` up to `stop`, `accumulate` of each.
@@ -86,39 +47,10 @@ class TrainingCrops:
         Raises:
             UserError: no image can be decoded any more.
         """
-        workers = share_of_cores() if self._config.workers is None else self._config.workers
-        loader = DataLoader(
-            self._show,
-            batch_sampler=_Tasks(self._order, self._config.seed, start, stop),
-            num_workers=workers,
-            collate_fn=_collate,
-            multiprocessing_context=worker_context() if workers else None,
-            worker_init_fn=partial(end_with, getpid()),
-        )
-        for batch in loader:
-            samples = [
-                sample if not isinstance(sample, str) else self._instead(record, sample)
-                for record, sample in batch
-            ]
+        for samples in self._samples.batches(start, stop):
             images = np.stack([image for image, _ in samples])
             labels = np.stack([labels for _, labels in samples])
             yield torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
-
-    def _instead(self, record: "_Record", reason: str) -> Sample:
-        """The sample of the next image that can be decoded."""
-        for step in range(1, len(self._images) + 1):
-            if record.number not in self._lost:
-                self._lost.add(record.number)
-                name = str(self._images[record.number])
-                self._omitted.add("train: image not readable", f"{name}: {reason}")
-            if step == len(self._images):
-                break
-            record = _Record((record.number + 1) % len(self._images), record.key)
-            shown = self._show[record][1]
-            if not isinstance(shown, str):
-                return shown
-            reason = shown
-        raise UserError(f"train: none of {len(self._images)} images can be decoded")
 
 
 def read_sample(image: LabelledImage) -> Sample:
@@ -135,49 +67,14 @@ def read_sample(image: LabelledImage) -> Sample:
     return pixels, labels
 
 
-class _Record(NamedTuple):
-    """One crop to make."""
-
-    number: int  # of the image
-    key: int  # of its draws
-
-
-class _Tasks:
-    """The crops of every micro-batch."""
-
-    def __init__(self, order: Order, seed: int, start: int, stop: int) -> None:
-        self._order, self._seed, self._start, self._stop = order, seed, start, stop
-
-    def __len__(self) -> int:
-        return (self._stop - self._start) * self._order.accumulate
-
-    def __iter__(self) -> Iterator[list[_Record]]:
-        left = len(self)
-        epoch, step = divmod(self._start, self._order.steps_per_epoch)
-        while left:
-            key = np.asarray(key_of(self._seed, STREAM, epoch))
-            for batch in self._order.batches(epoch, step)[:left]:
-                keys = fold_np(key, batch).tolist()
-                yield [_Record(number, key) for number, key in zip(batch.tolist(), keys)]
-                left -= 1
-            epoch, step = epoch + 1, 0
-
-
-class _Show(Dataset):
-    """From a record to its crop, in a worker process or not."""
+class _Show:
+    """The crop of an image."""
 
     def __init__(self, images: Sequence[LabelledImage], config: TrainedConfig) -> None:
         self._images, self._config = images, config
 
-    def __getitem__(self, record: _Record) -> tuple[_Record, Sample | str]:
-        """Return the crop, or why there is none, with its record."""
-        try:
-            sample = read_sample(self._images[record.number])
-        except _READABLE as error:
-            return record, " ".join(str(error).split()) or type(error).__name__
-        return record, self._changed(sample, Draws(np.uint64(record.key)))
-
-    def _changed(self, sample: Sample, draws: Draws) -> Sample:
+    def __call__(self, number: int, draws: Draws) -> Sample:
+        sample = read_sample(self._images[number])
         config = self._config
         size, resampling = config.size, config.resampling
         if config.augmentation == "any-scale":
@@ -196,7 +93,3 @@ class _Show(Dataset):
             fill = 0 if config.fill == "background" else -1
             return rotate_zoom(sample, draws, size=size, fill=fill, resampling=resampling)
         return resized_crop(sample, draws, size=size)
-
-
-def _collate(samples: list[tuple[_Record, Sample | str]]) -> list[tuple[_Record, Sample | str]]:
-    return samples

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from dense_ssl.backbones import Backbone, ResNetBackbone
 from dense_ssl.evaluation.features import check_size
-from dense_ssl.evaluation.layer_decay import layer_decay_scale
 from dense_ssl.evaluation.segment_heads import (
     CellHead,
     FcnHead,
@@ -20,10 +19,10 @@ from dense_ssl.evaluation.segment_heads import (
 )
 from dense_ssl.evaluation.segment_protocols import TrainedConfig
 from dense_ssl.evaluation.segment_trunks import Cells, Pyramid, ResNetStages, ViTLevels
+from dense_ssl.evaluation.trained_optimizer import num_layers, trained_groups, trained_optimizer
 
 Trunk = ResNetStages | ViTLevels | Pyramid | Cells
 _RESNET_WIDTH = 512  # of UperNet on a ResNet
-_POSITIONS = ("pos_embed", "cls_token", "reg_token")
 
 
 class Segmenter(nn.Module):
@@ -102,39 +101,12 @@ def segmentation_loss(
 
 def make_optimizer(model: Segmenter, config: TrainedConfig) -> Optimizer:
     """Return the protocol's optimiser; every group has `lr_scale`, the factor of its layer."""
-    groups = parameter_groups(model, config)
-    if config.optimizer == "sgd":
-        return SGD(groups, lr=0.0, momentum=0.9)
-    make = Adam if config.optimizer == "adam" else AdamW
-    return make(groups, lr=0.0, betas=(0.9, 0.999))
+    return trained_optimizer(model, config, depth=num_layers(_inner_trunk(model)))
 
 
 def parameter_groups(model: Segmenter, config: TrainedConfig) -> list[dict[str, Any]]:
     """Return the trained parameters, a group per layer's factor and weight decay."""
-    norms = {
-        f"{name}.{inner}"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm | nn.modules.batchnorm._BatchNorm)
-        for inner, _ in module.named_parameters(recurse=False)
-    }
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    layers = len(getattr(_inner_trunk(model), "blocks", ())) or 4  # a ResNet's stages
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in named.items():
-        bare = {
-            "none": False,
-            "norms": name in norms or name.endswith(_POSITIONS),
-            "vectors": parameter.ndim == 1 or name.endswith(_POSITIONS),
-        }[config.no_decay]
-        inside, _, rest = name.partition("backbone.")
-        of_backbone = bool(rest) and inside.startswith("trunk.")
-        scale = layer_decay_scale(rest, layers, config.layer_decay) if of_backbone else 1.0
-        decay = 0.0 if bare else config.weight_decay
-        group = groups.setdefault(
-            (scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay}
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
+    return trained_groups(model, config, depth=num_layers(_inner_trunk(model)))
 
 
 def _inner_trunk(model: Segmenter) -> Any:

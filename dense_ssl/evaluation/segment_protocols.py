@@ -1,66 +1,27 @@
-"""The trained segmentation protocols as data: who published which numbers, and what may be changed.
+"""The trained segmentation protocols as data: who published which numbers.
 
-Lengths within a run (warm-up, milestones) are shares of it, so that a run of other `steps` has the same
-shape. `size` takes the test scale and the window's stride with it. A protocol's name ends in `*` when a
-number is not the published one, or the data set is another.
+`size` takes the test scale and the window's stride with it.
 """
 
-import math
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dense_ssl.config import Config as BaseConfig
 from dense_ssl.evaluation.segment_data import Labels
+from dense_ssl.evaluation.trained_settings import Published, Share, TrainedSettings
 
 Side = Annotated[int, Field(ge=16)]
-Share = Annotated[float, Field(ge=0, le=1)]
-# Beside these, every number belongs to the protocol. Void around rotated images is ours: see `fill`.
-_FREE = frozenset(
-    {"settings", "fill", "precision", "accumulate", "seed", "workers", "labels", "max_train", "max_val",
-     "test_scales", "test_flip"}
-)  # fmt: skip
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's augmented test; iBOT, ADE20K
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """One protocol: its data set, its network's head, and its numbers."""
+class TrainedConfig(TrainedSettings):
+    """Settings of a trained segmentation protocol."""
 
-    layout: str  # of segment_layouts
-    head: str  # of segment_model.HEADS
-    values: dict[str, Any]
-
-
-class TrainedConfig(BaseConfig):
-    """Settings of a trained segmentation protocol; `settings` names the one whose numbers fill the rest."""
-
-    task: ClassVar[str]
-    published: ClassVar[dict[str, Published]]
-
-    settings: str
-    size: tuple[Side, Side]  # height and width of a training crop
-    steps: Annotated[int, Field(ge=1)] | None = None  # of the optimiser; or
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 16  # of all ranks together, after accumulation
-    accumulate: Annotated[int, Field(ge=1)] = 1
-    # The optimiser
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"  # adam: decay is part of the gradient
-    lr: Annotated[float, Field(gt=0)]
-    lr_per: Annotated[int, Field(ge=1)] | None = None  # images the rate is for; None: any batch
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    no_decay: Literal["none", "norms", "vectors"] = (
-        "none"  # norms: and positions; vectors: and biases
+    free: ClassVar[frozenset[str]] = frozenset(
+        {"fill", "labels", "test_scales", "test_flip"}  # void around images is ours
     )
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    schedule: Literal["poly", "milestones", "cosine"] = "poly"
-    power: Annotated[float, Field(gt=0)] = 0.9
-    per: Literal["step", "epoch"] = "step"  # epoch: the rate moves between epochs only
-    milestones: tuple[Share, ...] = ()  # a tenth of the rate from each on
-    warmup: Share = 0.0
-    warmup_start: Share = 0.0  # share of the rate that warm-up begins with
+
+    size: tuple[Side, Side]  # height and width of a training crop
     # The images
     augmentation: Literal["rotate-zoom", "listed-scale", "any-scale", "resized-crop"]
     scale: tuple[Side, Side] = (2048, 512)  # longer and shorter side that an image fits in
@@ -71,7 +32,6 @@ class TrainedConfig(BaseConfig):
     train_split: Literal["train", "trainaug"] | None = None  # of VOC
     # The network
     dilation: Annotated[int, Field(ge=1)] = 1  # of RevisitingFcn
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     normed: bool = False  # all levels of a ViT pass its final norm
     align_corners: bool = False  # when scores are enlarged
     # The loss
@@ -86,33 +46,12 @@ class TrainedConfig(BaseConfig):
     )  # `ms`: MULTI_SCALE
     test_flip: bool = False  # the mirrored image too
     select: Literal["last", "best"] = "last"  # best: of the epochs, by mIoU on val
-    # Ours
-    precision: Literal["fp32", "bf16"] = "fp32"
     labels: Labels = "category"  # of COCO
-    seed: int = 0
-    workers: Annotated[int, Field(ge=0)] | None = None  # per rank; None: its share of the cores
-    max_train: Annotated[int, Field(ge=1)] | None = None
-    max_val: Annotated[int, Field(ge=1)] | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _of_the_protocol(cls, given: Any) -> Any:
-        first = next(iter(cls.published))
-        name = given.get("settings", first)
-        values = dict(cls.published.get(name, cls.published[first]).values)
-        if "steps" in given or "epochs" in given:
-            values.pop("steps", None)
-            values.pop("epochs", None)
-        if "size" in given:
-            values |= _with_size(values, _sides(given["size"]))
-        return values | given | {"settings": name}
-
-    @field_validator("settings")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in cls.published:
-            raise ValueError(f"there are {', '.join(cls.published)}")
-        return value
+    def implied(cls, values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return the lengths in pixels that go with another size."""
+        return _with_size(values, _sides(given["size"])) if "size" in given else {}
 
     @field_validator("size", "scale", mode="before")
     @classmethod
@@ -130,66 +69,24 @@ class TrainedConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _whole(self) -> "TrainedConfig":
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give steps or epochs, one of the two")
-        if self.batch_size % self.accumulate:
-            raise ValueError("batch_size must be a multiple of accumulate")
         if self.test == "slide" and self.window_stride is None:
             raise ValueError("window_stride: test=slide needs it")
         return self
-
-    @property
-    def of(self) -> Published:
-        """The protocol these settings are of."""
-        return self.published[self.settings]
 
     def protocol(self, layout: str) -> str:
         """Return the name and version under which results on a data set's layout are kept.
 
         `+ms` and `+flip` are the published augmented test; other scales count as a changed number.
         """
-        published = type(self)(settings=self.settings)  # pyright: ignore[reportCallIssue]
-        own, theirs = self.model_dump(exclude=set(_FREE)), published.model_dump(exclude=set(_FREE))
-        changed = own != theirs or layout != self.of.layout or bool(self.max_train or self.max_val)
+        name = super().protocol(layout)
         augmented = "+ms" if self.test_scales == MULTI_SCALE else ""
         augmented += "+flip" if self.test_flip else ""
-        changed |= self.test_scales not in ((1.0,), MULTI_SCALE)
-        return f"{self.task}/{self.settings}/v1{augmented}{'*' if changed else ''}"
+        changed = name.endswith("*") or self.test_scales not in ((1.0,), MULTI_SCALE)
+        return f"{name.removesuffix('*')}{augmented}{'*' if changed else ''}"
 
     def single(self) -> "TrainedConfig":
         """Return the same with the plain test, by which epochs are compared."""
         return self.model_copy(update={"test_scales": (1.0,), "test_flip": False})
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Return the optimiser's steps in the whole run."""
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return max(round(self.epochs * steps_per_epoch), 1)
-
-
-def learning_rate(config: TrainedConfig, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of a step, from 0, before layer decay.
-
-    poly: (lr - min) (1 - t)^power + min, t the share of the run that is done; cosine: from the end of
-    warm-up to min. Warm-up multiplies it, linearly in steps.
-    """
-    total = config.total_steps(steps_per_epoch)
-    peak = config.lr * (config.batch_size / config.lr_per if config.lr_per else 1)
-    low = min(config.min_lr, peak)
-    done = step if config.per == "step" else step // steps_per_epoch * steps_per_epoch
-    share = done / total
-    if config.schedule == "poly":
-        rate = (peak - low) * (1 - share) ** config.power + low
-    elif config.schedule == "milestones":
-        rate = peak * 0.1 ** sum(share >= mark for mark in config.milestones)
-    else:
-        after = max(share - config.warmup, 0) / (1 - config.warmup) if config.warmup < 1 else 0.0
-        rate = low + (peak - low) * 0.5 * (1 + math.cos(math.pi * after))
-    warm = round(config.warmup * total)
-    if step < warm:
-        rate *= config.warmup_start + (1 - config.warmup_start) * step / warm
-    return rate
 
 
 def _sides(value: Any) -> Any:

@@ -5,8 +5,7 @@ there to the same weights. Several ranks: torchrun -m dense_ssl.evaluation segme
 share their batch statistics.
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from dense_ssl import checkpoint
 from dense_ssl.backbones import Backbone
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank, world_size
@@ -38,15 +36,16 @@ from dense_ssl.evaluation.segment_model import (
     make_optimizer,
     segmentation_loss,
 )
-from dense_ssl.evaluation.segment_protocols import TrainedConfig, learning_rate
+from dense_ssl.evaluation.segment_protocols import TrainedConfig
 from dense_ssl.evaluation.tinted import class_sheet
+from dense_ssl.evaluation.trained_job import Job, require_finite, synchronise_norms
+from dense_ssl.evaluation.trained_settings import learning_rate
 from dense_ssl.rng import key_of
 
 STREAM = int.from_bytes(b"segstep", "big")  # dropout and drop path: a seed per (step, rank)
 _WIDE_CLASSES = 30_000
 _COUNTED = 500  # training images that the commonest class is counted in
 _DRAWN = 4
-_KEEP_SECONDS = 300.0  # between two states of a job
 
 
 def load(path: Path, config: TrainedConfig) -> SegmentData:
@@ -100,7 +99,7 @@ def _trained(
     model = build(backbone, len(data.classes), config).to(device)
     if world_size() > 1 and device.type == "cuda":
         for part in (model.trunk, model.head, model.auxiliary):
-            _synchronise(part)
+            synchronise_norms(part)
     model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config)
     crops = TrainingCrops(data.train, config, data.omitted)
@@ -109,7 +108,7 @@ def _trained(
     # How the test is made changes no weight: its other ways find the network trained.
     settings = config.model_dump_json(exclude={"workers", "test_scales", "test_flip"})
     key = content_key(config.task, data.layout, data.content, settings)
-    job = _Job(cache.job(key) if cache else None)
+    job = Job(cache.job(key) if cache else None)
     start = job.resume(model, optimizer)
     total = config.total_steps(crops.steps_per_epoch)
     if start < total:
@@ -119,19 +118,13 @@ def _trained(
     return model.eval()
 
 
-def _synchronise(module: nn.Module | None) -> None:
-    """Give all BatchNorms below a module the batch statistics of all ranks."""
-    for name, child in module.named_children() if module is not None else ():
-        setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-
-
 def _train(
     model: Segmenter,
     optimizer: Optimizer,
     crops: TrainingCrops,
     data: SegmentData,
     config: TrainedConfig,
-    job: "_Job",
+    job: Job,
     start: int,
     total: int,
 ) -> None:
@@ -165,47 +158,10 @@ def _train(
             job.compare(model, _mean_iou(model, data, config.single()))
             model.train()
         if done == total or job.due():
-            _require_finite(model, done)
+            require_finite(model, done)
             job.keep(model, optimizer, done)
     share_buffers(model)
     progress.close()
-
-
-class _Job:
-    """The state of a run on disk, and the best of its epochs."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder, self._kept = folder, time.monotonic()
-        self.best: dict[str, Any] | None = None  # score, and the model's state
-
-    def resume(self, model: Segmenter, optimizer: Optimizer) -> int:
-        """Load the newest state, where there is one; return the step to go on with."""
-        saved = checkpoint.load_newest(self._folder) if self._folder else None
-        if saved is None:
-            return 0
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        self.best = saved["best"]
-        return int(saved["step"])
-
-    def compare(self, model: Segmenter, score: float) -> None:
-        """Keep the model's state if no epoch was better."""
-        if self.best is None or score > self.best["score"]:
-            state = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
-            self.best = {"score": score, "model": state}
-
-    def due(self) -> bool:
-        """Return whether the last state is old enough; ranks need not agree, as rank 0 alone writes."""
-        return self._folder is not None and time.monotonic() - self._kept >= _KEEP_SECONDS
-
-    def keep(self, model: Segmenter, optimizer: Optimizer, step: int) -> None:
-        """Write the state after `step` steps."""
-        if self._folder is not None and rank() == 0:
-            state: Mapping[str, Any] = {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": self.best
-            }  # fmt: skip
-            checkpoint.save(self._folder, {"step": step, **state}, keep=1)
-        self._kept = time.monotonic()
 
 
 def _mean_iou(model: Segmenter, data: SegmentData, config: TrainedConfig) -> float:
@@ -276,12 +232,3 @@ def _fewer_classes(
     numbers[kept] = np.arange(len(kept))  # the last one is for -1
     fewer = [(image, numbers[said], numbers[truth]) for image, said, truth in rows]
     return [classes[number] for number in kept.tolist()], fewer
-
-
-def _require_finite(model: nn.Module, step: int) -> None:
-    """Refuse weights that would replace good ones in the job's folder."""
-    norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()])
-    if not torch.stack(norms).isfinite().all():
-        raise UserError(
-            f"training diverged before step {step}: weights are not finite; lower lr, or precision=fp32"
-        )
