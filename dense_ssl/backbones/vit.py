@@ -64,10 +64,10 @@ class ViTBackbone(Backbone):
             return trunk._pos_embed(patches)
         table = trunk.pos_embed
         first = trunk.num_prefix_tokens
-        side, grid = int(trunk.patch_embed.grid_size[0]), (patches.shape[1], patches.shape[2])
+        grid = (patches.shape[1], patches.shape[2])
         prefix = [x for x in (trunk.cls_token, trunk.reg_token) if x is not None]
         prefix = torch.cat(prefix, dim=1) + table[:, :first]
-        cells = interpolate_positions(table[:, first:], side, grid)
+        cells = interpolate_positions(table[:, first:], tuple(trunk.patch_embed.grid_size), grid)
         placed = patches.flatten(1, 2) + cells
         return trunk.pos_drop(torch.cat([prefix.expand(len(placed), -1, -1), placed], dim=1))
 
@@ -134,17 +134,21 @@ class ViTBackbone(Backbone):
         trunk.set_grad_checkpointing(True)
 
 
-def interpolate_positions(table: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
-    """Return positions [1, h * w, D] for a grid (h, w) from a table [1, side * side, D], as DINO does.
+def interpolate_positions(
+    table: Tensor, side: int | tuple[int, int], grid: tuple[int, int]
+) -> Tensor:
+    """Return positions [1, h * w, D] for a grid (h, w) from a table of another grid, as DINO does.
 
-    Bicubic by the scale factors (h + 0.1) / side and (w + 0.1) / side: what is sampled depends on the
-    0.1, which only had to keep the size from being rounded down. timm resamples by size, antialiased.
+    side: of the table, [1, side * side, D]; or its rows and columns. Bicubic by the scale factors
+    (h + 0.1) / rows and (w + 0.1) / columns: what is sampled depends on the 0.1, which only had to keep the
+    size from being rounded down. timm resamples by size, antialiased.
     """
+    rows, columns = (side, side) if isinstance(side, int) else side
     height, width = grid
-    if (height, width) == (side, side):
+    if (height, width) == (rows, columns):
         return table
-    maps = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    factors = [(height + 0.1) / side, (width + 0.1) / side]
+    maps = table.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    factors = [(height + 0.1) / rows, (width + 0.1) / columns]
     maps = F.interpolate(
         maps.float(), scale_factor=factors, mode="bicubic", recompute_scale_factor=False
     )

@@ -20,6 +20,7 @@ a run, a published checkpoint and timm's weights are evaluated by the same words
 | correspondence  | any folder of images, or shards       | correspondence/v1   | correspondence.py  |
 | davis           | DAVIS-2017: JPEGImages/, Annotations/ | davis-dino/v1       | davis.py           |
 | davis           | the same, `settings=revisiting`       | davis-revisiting/v1 | davis.py           |
+| detect          | VOC07+12, or COCO                     | detect/SETTINGS/v1  | detect.py          |
 | hummingbird     | as segment                            | hummingbird/v1      | hummingbird.py     |
 | retrieve        | as segment                            | retrieve-kmeans/v1  | retrieve.py        |
 

@@ -39,6 +39,7 @@ TASKS: dict[str, Task] = {
     "segment-fpn": _trained_segmentation("FpnConfig"),
     "segment-frozen": _trained_segmentation("FrozenConfig"),
     "segment-finetune": _trained_segmentation("FinetuneConfig"),
+    "detect": Task("detect", "detect_protocols.DetectConfig", ranks=True, resumes=True),
     "attention": Task("attention", ranks=True),
     "correspondence": Task("correspondence"),
     "davis": Task("davis", ranks=True, resumes=True),

@@ -29,6 +29,7 @@ class Instance:
     segmentation: Polygons | Rle
     box: tuple[float, float, float, float]  # x, y, width, height in pixels
     crowd: bool
+    area: float | None = None  # in pixels, as the file says it; None: it does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,7 @@ def _collect(data: dict[str, Any], root: Path, split: str, omitted: Omissions) -
                 entry["segmentation"],
                 (x, y, w, h),
                 bool(entry.get("iscrowd", 0)),
+                float(entry["area"]) if "area" in entry else None,
             )
         )
     images = tuple(

@@ -77,6 +77,7 @@ class ViTLevels(nn.Module):
         normed: bool,
         class_tokens: bool,
         drop_path: float,
+        again: bool = False,
     ) -> None:
         """Resample the positions once to the training crop's grid; they are trained as they are then.
 
@@ -88,6 +89,7 @@ class ViTLevels(nn.Module):
             normed: all four levels pass the final norm.
             class_tokens: False leaves them out of the sequence.
             drop_path: stochastic depth while training.
+            again: they are resampled again to every image's grid, by DINO's rule where it applies.
 
         Raises:
             UserError: it is no ViT, or has too few blocks.
@@ -97,7 +99,8 @@ class ViTLevels(nn.Module):
             raise UserError(
                 f"{backbone.config.name}: no ViT, whose blocks this protocol reads; take segment-fcn"
             )
-        twin = _twin(backbone, drop_path=drop_path, positions="timm")
+        by_dino = again and has_plain_positions(backbone)
+        twin = _twin(backbone, drop_path=drop_path, positions="dino" if by_dino else "timm")
         assert isinstance(twin, ViTBackbone)
         self.backbone = twin
         _resample_positions(twin, (size[0] // twin.stride, size[1] // twin.stride))
@@ -175,6 +178,12 @@ def tap_blocks(depth: int, evenly: bool) -> tuple[int, ...]:
         raise UserError(f"the ViT has {depth} blocks; four levels are read")
     shares = (1, 2, 3, 4) if evenly else (4 / 3, 2, 8 / 3, 4)
     return tuple(max(round(share * depth / 4) - 1, level) for level, share in enumerate(shares))
+
+
+def has_plain_positions(backbone: ViTBackbone) -> bool:
+    """Return whether a ViT's table holds positions of its class tokens and its patches."""
+    trunk: Any = backbone.trunk
+    return trunk.pos_embed is not None and not trunk.no_embed_class
 
 
 def _twin(backbone: Backbone, **changed: Any) -> Backbone:
