@@ -46,6 +46,8 @@ TASKS: dict[str, Task] = {
     "semi-supervised": Task("semi_supervised", needs=("sklearn",)),
     "hummingbird": Task("hummingbird"),
     "retrieve": Task("retrieve", needs=("sklearn",)),
+    "landmarks": Task("landmarks", ranks=True),
+    "copydays": Task("copydays", ranks=True),
     "svm": Task("svm", needs=("sklearn",)),
 }
 

@@ -6,16 +6,17 @@ import numpy as np
 from torch import Tensor
 
 
-def retrieval_precision(positions: np.ndarray) -> float:
+def retrieval_precision(positions: np.ndarray, total: int | None = None) -> float:
     """Return the average precision of a ranking whose positives stand at `positions`, by trapezoids.
 
     positions int [n], ascending, counted from 0. Every positive adds the mean of the precision just
-    before it and at it, over n; before the first place the precision is 1.
+    before it and at it, over `total`: n, or more where some positives are not in the ranking. Before
+    the first place the precision is 1.
     """
     found = np.arange(len(positions))
     before = np.where(positions == 0, 1.0, found / np.maximum(positions, 1))
     at = (found + 1) / (positions + 1)
-    return float(((before + at) / 2).mean())
+    return float(((before + at) / 2).sum() / (len(positions) if total is None else total))
 
 
 def rankings_scores(

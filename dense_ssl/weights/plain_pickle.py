@@ -100,7 +100,7 @@ def dumps(content: dict[str, Any]) -> bytes:
 
 
 def read(path: Path) -> Any:
-    """Return what a pickle holds: dictionaries of arrays and plain values.
+    """Return what a pickle holds: dictionaries and lists of arrays and plain values.
 
     Raises:
         Exception: of any type, where the file is damaged or names anything else.
@@ -112,4 +112,6 @@ def read(path: Path) -> Any:
 def _unwrap(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _unwrap(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_unwrap(value) for value in content]
     return content.value if isinstance(content, _PlainArray) else content
