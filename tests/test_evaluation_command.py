@@ -14,6 +14,7 @@ from dense_ssl.config import UserError
 from dense_ssl.evaluation import results, suite
 from dense_ssl.evaluation.__main__ import main
 from dense_ssl.evaluation.catalogue import data_paths, task_names
+from dense_ssl.evaluation.protocol_settings import departs
 from dense_ssl.evaluation.suite import configs_of, evaluate
 
 
@@ -35,6 +36,30 @@ def test_arguments():
         configs_of(["knn"], ["batchsize=3"])
     with pytest.raises(UserError, match=r"steps: .*greater than or equal to 1"):
         configs_of(["segment"], ["segment.steps=0"])
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "marked"),
+    [
+        ("knn", [], False),
+        ("knn", ["k=5", "resampling=bicubic", "pool=both", "batch_size=3"], False),
+        ("knn", ["size=96"], True),
+        ("knn", ["max_train=100"], True),
+        ("linear", ["lr=30", "schedule=step", "batch_size=256", "resampling=bilinear"], False),
+        ("linear", ["lr=30"], True),
+        ("linear", ["variant=cached"], False),
+        ("finetune", ["recipe=udi", "precision=fp32"], False),
+        ("finetune", ["recipe=udi", "epochs=3"], True),
+        ("davis", ["settings=revisiting"], False),
+        ("davis", ["size=240"], True),
+        ("svm", ["variant=low-shot", "features=feat4,feat5"], False),
+        ("svm", ["train=train"], True),
+        ("segment", ["steps=5"], True),
+        ("hummingbird", ["memory_size=1000"], False),
+    ],
+)
+def test_what_differs_from_a_protocol_is_marked(task, settings, marked):
+    assert departs(task, configs_of([task], settings)[task]) is marked
 
 
 def test_data_arguments(tmp_path):
@@ -63,7 +88,8 @@ def test_command_end_to_end(tmp_path, scenes, capsys):
     ]  # fmt: skip
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "knn/v1" in shown and "segment-linear/v1" in shown and "mIoU" in shown
+    assert "knn/v1*" in shown and "segment-linear/v1*" in shown and "mIoU" in shown
+    assert shown.count("\n* other settings") == 1
     lines = [json.loads(line) for line in (tmp_path / "run/eval.jsonl").read_text().splitlines()]
     assert [(line["task"], line["metric"]) for line in lines] == [
         ("knn", "top1@3"), ("knn", "top5@3"),
@@ -115,7 +141,7 @@ def test_pictures_notes_and_costs_are_kept(tmp_path):
     linear = [line for line in lines if line["task"] == "linear"]
     assert {line["metric"] for line in linear} == {"top1", "top5"}
     for line in linear:
-        assert line["protocol"] == "linear-cached/v1" and line["settings"]["seed"] == 0
+        assert line["protocol"] == "linear-cached/v1*" and line["settings"]["seed"] == 0
         assert line["notes"]["lr"] in (0.1, 1) and line["seconds"] > 0 and line["memory_gb"] > 0.1
 
 

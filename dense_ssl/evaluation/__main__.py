@@ -61,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     print(f"{args.checkpoint} (weights {found[0].weights[:12]}), percent\n")
     print(table(found))
+    if any(result.protocol.endswith("*") for result in found):
+        print(
+            "\n* other settings or data than the protocol's: not comparable with published numbers"
+        )
     folder = _folder(args)
     if folder is not None:
         print(f"\nkept in {folder / RESULTS}")

@@ -21,6 +21,7 @@ from dense_ssl.distributed import World, close_world, init_world, rank
 from dense_ssl.evaluation import results
 from dense_ssl.evaluation.catalogue import TASKS, data_paths
 from dense_ssl.evaluation.features import FeatureCache, content_key
+from dense_ssl.evaluation.protocol_settings import departs
 from dense_ssl.evaluation.results import Result
 from dense_ssl.weights.fingerprint import weights_sha256
 from dense_ssl.weights.pretrained import Loaded, load_backbone
@@ -146,7 +147,7 @@ def _evaluate(
             values,
             baseline,
             task=name,
-            protocol=content.protocol,
+            protocol=content.protocol + ("*" if departs(name, config) else ""),
             checkpoint=loaded.name,
             weights=loaded.sha256,
             data=str(path),

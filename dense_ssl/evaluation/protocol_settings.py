@@ -1,0 +1,70 @@
+"""Which settings are a protocol's own, so that results of others are marked: `knn/v1*`.
+
+The trained segmentation protocols know their own (segment_protocols.py). A data set that is not the
+published one cannot be told from here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from dense_ssl.config import Config
+
+_DEFAULTS: tuple[Mapping[str, Any], ...] = (MappingProxyType({}),)
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The settings that somebody reports numbers of, and those that may differ all the same."""
+
+    free: frozenset[str]  # of the network, of the data set, of the draw, or without any effect
+    published: tuple[Mapping[str, Any], ...] = _DEFAULTS  # beside the defaults of the others
+
+
+def _own(free: str, *published: Mapping[str, Any]) -> Own:
+    return Own(frozenset(free.split()), published or _DEFAULTS)
+
+
+_SEGMENT = _own("labels seed extract_batch")
+OWN: dict[str, Own] = {
+    "knn": _own("k pool resampling bank batch_size"),
+    "linear": _own(
+        "select pool blocks precision seed extract_batch workers",
+        {},  # iBOT
+        {"lr": (30.0,), "schedule": "step", "batch_size": 256, "resampling": "bilinear"},  # MoCo
+        {
+            "lr": (0.02,), "batch_size": 2048, "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25,
+            "crop_resampling": "bicubic",
+        },  # UDI
+        {"variant": "cached"},
+    ),
+    "semi-supervised": _own("subset samplings select pool resampling seed batch_size"),
+    "finetune": _own(
+        "precision accumulate seed extract_batch workers",
+        *({"recipe": name} for name in ("mae", "beit-small", "beit-base", "beit-large", "udi")),
+    ),
+    "svm": _own(
+        "features shots seed batch_size workers",
+        *({"variant": name} for name in ("cost-grid", "low-shot", "fixed")),
+    ),
+    "segment": _SEGMENT,
+    "segment-linear": _SEGMENT,
+    "correspondence": _own("batch_size seed"),
+    "davis": _own("split", {"settings": "dino"}, {"settings": "revisiting"}),
+    "hummingbird": _own("labels train_split memory_size batch_size seed"),
+    "retrieve": _own("labels train_split batch_size seed"),
+}  # fmt: skip
+
+
+def departs(task: str, config: Config) -> bool:
+    """Whether a setting that is not free differs from every published combination."""
+    own = OWN.get(task)
+    if own is None:
+        return False
+    free = set(own.free)
+    said = config.model_dump(exclude=free)
+    return all(
+        type(config).model_validate(dict(values)).model_dump(exclude=free) != said
+        for values in own.published
+    )
