@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dense_ssl.config import UserError
+from dense_ssl.watch import RECORDS
 
 logger = logging.getLogger("dense_ssl")
 
@@ -65,9 +66,8 @@ class RunLog:
     def __init__(
         self, folder: Path, start_step: int, total_steps: int, writers: tuple[str, ...], name: str
     ) -> None:
-        self._path = folder / "log.jsonl"
-        keep_lines_before(self._path, start_step)
-        self._file: TextIO = self._path.open("a")
+        self._file = _continued(folder / "log.jsonl", start_step)
+        self._looks = _continued(folder / RECORDS, start_step)
         self._total = total_steps
         self._live = sys.stderr.isatty()
         self._tensorboard = _tensorboard(folder, start_step) if "tensorboard" in writers else None
@@ -84,7 +84,20 @@ class RunLog:
         else:
             sys.stderr.write(line + "\n")
         sys.stderr.flush()
-        values = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        self._to_writers(record, "")
+
+    def write_look(self, record: dict[str, Any], line: str) -> None:
+        """Log what `dense_ssl.watch` has seen at a step, and show `line`."""
+        self._looks.write(json.dumps(record) + "\n")
+        self._looks.flush()
+        sys.stderr.write(("\r\x1b[2K" if self._live else "") + line + "\n")
+        sys.stderr.flush()
+        self._to_writers(record, "watch/")
+
+    def _to_writers(self, record: Mapping[str, Any], prefix: str) -> None:
+        values = {
+            prefix + k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"
+        }
         if self._tensorboard is not None:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, record["step"])
@@ -96,6 +109,7 @@ class RunLog:
         if self._live:
             sys.stderr.write("\n")
         self._file.close()
+        self._looks.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -154,6 +168,12 @@ def keep_lines_before(path: Path, step: int) -> None:
     aside.replace(path)
 
 
+def _continued(path: Path, step: int) -> TextIO:
+    """Open a JSON-lines log to go on after a step."""
+    keep_lines_before(path, step)
+    return path.open("a")
+
+
 class StepClock:
     """Wall time and time spent waiting for data since the last reading."""
 
@@ -169,6 +189,10 @@ class StepClock:
     def waited(self, seconds: float) -> None:
         """Add time spent waiting for the loader."""
         self._waited += seconds
+
+    def paused(self, seconds: float) -> None:
+        """Leave out time that training was not what was done."""
+        self._start += seconds
 
     def seen(self, images: int) -> None:
         """Add source images trained on, over all ranks."""

@@ -8,12 +8,14 @@ import gc
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from dense_ssl.config import UserError
 from dense_ssl.crops import Crops, MultiCropBatch
+from dense_ssl.events import note
 from dense_ssl.log import StepClock
 from dense_ssl.run_config import RunConfig
 from dense_ssl.views import ViewSpec
@@ -81,6 +83,7 @@ class MicroBatches:
             "%s: from here on %d micro-batches of %d images make up a step, as with train.accumulate=%d",
             _first_line(error), self.count, size, self.count,
         )  # fmt: skip
+        note(Path(self._config.run.dir), "halved", micro_batches=self.count, images=size)
 
     def _may_be(self, size: int) -> bool:
         """Return whether micro-batches may be of `size` images."""

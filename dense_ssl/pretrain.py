@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataprep.manifest import DataError
-from dense_ssl import checkpoint
+from dense_ssl import checkpoint, events
 from dense_ssl.augment import POLICIES, Photometry
 from dense_ssl.checkpoint_writer import CheckpointWriter
 from dense_ssl.config import GaveUp, UserError, dump, load
@@ -44,6 +44,7 @@ from dense_ssl.rundir import check_same_run, claimed, data_fingerprint
 from dense_ssl.shares import shared
 from dense_ssl.signals import StopRequest
 from dense_ssl.step_context import autocast, seed_noise
+from dense_ssl.watch.watcher import Watcher
 from dense_ssl.weights.fingerprint import weights_sha256
 from dense_ssl.weights.pretrained import start_from
 from kernels import launch
@@ -85,8 +86,15 @@ def train(config: RunConfig) -> int:
     launch.choose(config.run.kernels, world.device)
     try:
         with StopRequest() as stop, claimed(Path(config.run.dir), world.rank), named(world):
-            return _train(config, shared(config, world.size), world, stop)
+            try:
+                return _train(config, shared(config, world.size), world, stop)
+            except UserError as error:
+                if world.rank == 0:
+                    events.note(Path(config.run.dir), "refused", reason=str(error))
+                raise
     except GaveUp as error:
+        if world.rank == 0:
+            events.note(Path(config.run.dir), "gave up", reason=str(error))
         _leave(error)
     except torch.OutOfMemoryError as error:
         explain(error, config)
@@ -149,12 +157,13 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
         checkpoint.write_atomically(folder / "config.yaml", dump(recipe).encode())
 
     trained: nn.Module = _prepare_for_ranks(method, world, run_cfg)
-    log = None
+    log = watcher = None
     if world.rank == 0:
-        _announce(recipe, config, method, order, world, done, last_step)
+        events.announce(recipe, config, method, order, world, done, last_step)
         log = RunLog(
             folder, done, last_step, run_cfg.log, name=f"{config.method.name}-{folder.name}"
         )
+        watcher = Watcher(config, method, source, order, log)
 
     writer = CheckpointWriter(
         folder / "checkpoints", run_cfg.keep_checkpoints, run_cfg.keep_every_steps
@@ -175,6 +184,9 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
                 "micro_batch": micro_batches.images,
             }
             writer.save(payload)
+
+    def at(step: int) -> Step:
+        return Step(step, order.steps_per_epoch, train_cfg.epochs, train_cfg.seed)
 
     def passes(batches: Iterator[Any], step: Step, epoch: int) -> tuple[list[Any], list[Any]]:
         """Leave the gradients of a step; return the carries and the losses of its micro-batches."""
@@ -201,9 +213,12 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
     stopping = False
     patience_s = 60 * run_cfg.stall_minutes
     try:
+        if watcher is not None and done == 0:
+            watcher.look(at(0), last_step)
+            clock.restart()
         for epoch, batches in _epochs(loader, order, world, done, last_step, patience_s):
             while done < last_step and done // order.steps_per_epoch == epoch and not stopping:
-                step = Step(done, order.steps_per_epoch, train_cfg.epochs, train_cfg.seed)
+                step = at(done)
                 micro_batches.begin()
                 made = None
                 while made is None:
@@ -250,6 +265,8 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
                                 "eta_s": (last_step - done) * train_cfg.batch_size / images_per_s,
                             }
                         )
+                if watcher is not None:
+                    watcher.look(at(done), last_step, clock)
                 stopping = agreement.ask(stop.requested)
                 if done % run_cfg.checkpoint_every_steps == 0 or stopping or done == last_step:
                     save(done)
@@ -265,6 +282,8 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
             log.close()
 
     # --- close -------------------------------------------------------------------------------------
+    if world.rank == 0:
+        events.note(folder, "stopped" if done < last_step else "done", step=done)
     if done < last_step:
         logger.info("stopped at step %d, everything saved; the same command resumes", saved_at)
         return STOPPED
@@ -347,35 +366,6 @@ def _read_means(meter: Meter, step: int) -> dict[str, float]:
             "are intact; lower optim.lr, or train.precision=fp32"
         )
     return means
-
-
-def _announce(
-    recipe: RunConfig, config: RunConfig, method: Method, order: Order, world: World, done: int,
-    last_step: int,
-) -> None:  # fmt: skip
-    millions = sum(p.numel() for p in method.student.parameters()) / 1e6
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    per_rank, groups = order.micro_batch, config.method.backbone.bn_groups
-    logger.info(
-        "%s  %s, %.1f M parameters  %s x %d, batch %d = %d rank(s) x %d accumulated x %d%s, %s",
-        config.method.name, config.method.backbone.name, millions, device, world.size,
-        config.train.batch_size, world.size, config.train.accumulate, per_rank,
-        f" in {groups} BatchNorm groups" if groups > 1 else "", config.train.precision,
-    )  # fmt: skip
-    logger.info(
-        "%s  %d images by %s, %d steps an epoch, %d steps in all  -> %s",
-        config.data.path, order.num_images, config.data.loader, order.steps_per_epoch, last_step,
-        config.run.dir,
-    )  # fmt: skip
-    wanted = recipe.method.backbone.bn_images
-    if wanted is not None and per_rank // groups != wanted:
-        logger.warning(
-            "BatchNorm statistics are of %d images, not of method.backbone.bn_images=%d: a rank takes %d "
-            "at a time", per_rank // groups, wanted, per_rank,
-        )  # fmt: skip
-    if done:
-        share = f"{100 * done / last_step:.0f} %"
-        logger.info("resuming at step %d of %d (%s)", done, last_step, share)
 
 
 def _leave(error: GaveUp) -> NoReturn:

@@ -10,6 +10,7 @@ from dense_ssl.config import Config, UserError
 from dense_ssl.loaders import DataConfig
 from dense_ssl.methods import AnyMethodConfig
 from dense_ssl.optim import OptimConfig
+from dense_ssl.watch import WatchConfig
 from kernels import launch
 
 
@@ -55,6 +56,7 @@ class RunConfig(Config):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    watch: WatchConfig = WatchConfig()
     run: RunSection
 
 

@@ -44,7 +44,7 @@ def data_fingerprint(sizes: np.ndarray) -> dict[str, Any]:
 
 
 MAY_CHANGE = (
-    "run.", "train.steps", "train.accumulate", "train.micro_batch", "data.path", "data.workers"
+    "run.", "watch.", "train.steps", "train.accumulate", "train.micro_batch", "data.path", "data.workers"
 )  # fmt: skip
 """Keys that a resumed run may set anew: they change results by rounding at most, or not at all.
 

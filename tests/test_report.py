@@ -12,6 +12,7 @@ from PIL import Image
 
 from dense_ssl.report.__main__ import main, read_jsonl, write_report
 from dense_ssl.report.svg_plot import HEIGHT, WIDTH, Line, line_plot, tick_text, ticks
+from dense_ssl.rundir import claimed
 
 CONFIG = """
 method:
@@ -129,6 +130,73 @@ def test_a_run_that_has_just_begun(tmp_path):
 def test_an_unfinished_run_says_so(run):
     (run / "config.yaml").write_text(CONFIG.replace("steps: 50, ", ""))
     assert "50 of 100 steps, 5.00 epochs, not finished" in write_report(run).read_text()
+
+
+def test_how_a_run_stands_and_what_happened_to_it(run):
+    look = {
+        "step": 50,
+        "epoch": 5.0,
+        "spread": 0.001,
+        "rankme": 1.0,
+        "most_rank": 64.0,
+        "seconds": 1.0,
+    }
+    (run / "watch.jsonl").write_text(json.dumps(look) + "\n")
+    (run / "incidents").mkdir()
+    refused = {
+        "step": 7,
+        "kind": "gradient not finite",
+        "bundle": "step-7.pt",
+        "time": "2026-01-01T11",
+    }
+    (run / "incidents" / "incidents.jsonl").write_text(json.dumps(refused) + "\n")
+    events = [
+        {"kind": "started", "time": "2026-01-01T10", "step": 0, "ranks": 1, "machine": "a machine"},
+        {"kind": "halved", "time": "2026-01-01T12", "micro_batches": 2, "images": 16},
+        {"kind": "started", "time": "2026-01-01T13", "step": 20, "ranks": 2, "machine": "another"},
+        {"kind": "refused", "time": "2026-01-01T14", "reason": "the disk is <full>"},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    (run / "config.yaml").write_text(CONFIG.replace("steps: 50", "steps: 90"))
+    text = " ".join(check(write_report(run)).text)
+    assert "failed" in text
+    assert "the disk is <full>" in text
+    assert "Features collapse" in text
+    assert "resumed at step 20, 2 ranks" in text
+    assert "ended without a word" in text
+    assert "python -m dense_ssl.replay" in text
+    assert "2 micro-batches of 16 images" in text
+    assert "a machine; then another" in text
+
+
+def test_a_run_that_is_going_on_is_known_by_its_lock(run):
+    (run / "config.yaml").write_text(CONFIG.replace("steps: 50", "steps: 90"))
+    with claimed(run, 0):
+        assert "running" in " ".join(check(write_report(run)).text)
+    assert 'class="state unknown"' in write_report(run).read_text()
+
+
+def test_a_loss_that_is_no_number_is_said_and_the_curve_goes_round_it(run):
+    lines = (run / "log.jsonl").read_text().splitlines()[:10]
+    lines[4] = lines[4].replace('"loss": 6.75', '"loss": NaN')
+    assert "NaN" in lines[4]
+    (run / "log.jsonl").write_text("\n".join(lines))
+    text = check(write_report(run)).text
+    assert "The loss is not finite from step 25 on: training diverged." in text
+    assert "nan" not in (run / "report.html").read_text()
+
+
+def test_long_logs_make_pages_of_the_same_size(run):
+    first = json.loads((run / "log.jsonl").read_text().splitlines()[0])
+    with (run / "log.jsonl").open("w") as file:
+        for step in range(10, 1_000_010, 10):
+            file.write(
+                json.dumps({**first, "step": step, "epoch": step / 100, "loss": step % 7}) + "\n"
+            )
+    assert len(read_jsonl(run / "log.jsonl")) <= 20_001
+    page = write_report(run).read_text()
+    assert len(page) < 200_000
+    assert "1,000,000 of" in page  # the last line counts, whatever is left out
 
 
 def test_everything_from_outside_is_escaped(run):

@@ -51,7 +51,11 @@ def counts(backbone: Backbone, crops: Crops) -> Tensor:
     crop's cells are looked for in the other.
     """
     first, second = (backbone(crops.images[v]) for v in (0, 1))
-    boxes, flipped = crops.boxes[:2], crops.flipped[:2]
+    return counts_of(first, second, crops.boxes[:2], crops.flipped[:2])
+
+
+def counts_of(first: Features, second: Features, boxes: Tensor, flipped: Tensor) -> Tensor:
+    """Return the same of features at hand; boxes [2, B, 4] and flipped [2, B] of the two crops."""
     there = matched(first, second, boxes, flipped)
     back = matched(second, first, boxes.flip(0), flipped.flip(0))
     return _counts(there) + _counts(back)

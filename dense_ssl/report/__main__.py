@@ -2,8 +2,8 @@
 
     python -m dense_ssl.report runs/a          # writes runs/a/report.html
 
-Reads `config.yaml`, `log.jsonl`, `eval.jsonl` and the `.png` files of the run's folder. The page has no
-script and fetches nothing. A file still being written, or missing, takes nothing but its section away.
+Reads `config.yaml`, the `.jsonl` files and the `.png` files of the run's folder. The page has no script and
+fetches nothing. A file still being written, or missing, takes nothing but its section away.
 """
 
 import argparse
@@ -18,19 +18,25 @@ import yaml
 
 from dense_ssl.checkpoint import write_atomically
 from dense_ssl.config import UserError
-from dense_ssl.report.facts import run_facts, setting
+from dense_ssl.report.curves import schedule_panels, speed_panels, training_panels, watched_panels
+from dense_ssl.report.facts import glance, progress, run_facts, setting
+from dense_ssl.report.happened import events_of, incidents_table, standing, warnings_of
 from dense_ssl.report.page import (
     code,
     evaluation_table,
+    facts_table,
     page,
-    panel,
     picture,
     read_jsonl,
     section,
-    series,
+    tiles,
 )
+from dense_ssl.watch import RECORDS
+
+Records = Sequence[Mapping[str, Any]]
 
 _LARGEST_PICTURE = 8_000_000  # bytes; a page should still open at once
+_NO_LOOKS = "No look at the features yet: watch.on is false, or the run has just begun."
 _PICTURES = {
     "crops": "What the network sees: source images with their crop boxes, beside the views after "
     "photometry.",
@@ -52,15 +58,21 @@ def write_report(run: Path) -> Path:
     if not isinstance(config, dict):
         raise UserError(f"{run}/config.yaml: holds no settings; is it a run folder?")
     log = read_jsonl(run / "log.jsonl")
+    looks = read_jsonl(run / RECORDS)
     results = read_jsonl(run / "eval.jsonl")
+    events = events_of(run)
     title = f"{setting(config, 'method', 'name')} · {run.resolve().name}"
     sections = [
-        _heading(run, config, log),
-        section("Training", _curves(log)),
+        _heading(title, run, config, log, looks, events),
+        section("Training", _grid(training_panels(log), "log.jsonl has no line yet.")),
+        section("Features while training", _grid(watched_panels(looks), _NO_LOOKS)),
         section("Evaluation", evaluation_table(results)),
+        section("Speed", _grid(speed_panels(log) if log else [], "Nothing logged yet.")),
         *_pictures(run),
+        section("Incidents", incidents_table(run, events, log)),
         section("Commands", _commands(run, config, results)),
-        section("Settings", f"<details><summary>config.yaml</summary>{code(text)}</details>"),
+        section("This run", facts_table(run_facts(run, config, log, events))),
+        section("Settings", _settings(text, config, log)),
     ]
     text = page(title, sections)
     path = run / "report.html"
@@ -71,39 +83,35 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _heading(run: Path, config: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-        for name, value in run_facts(run, config, log).items()
+def _heading(
+    title: str, run: Path, config: Mapping[str, Any], log: Records, looks: Records, events: Records
+) -> str:
+    step, planned = progress(config, log)
+    state, why = standing(run, events, planned > 0 and step >= planned)
+    line = f"{step:,} of {planned:,} steps" if planned else "no step logged yet"
+    share = min(step / planned, 1.0) if planned else 0.0
+    warnings = "".join(
+        f'<p class="warning">{html.escape(text)}</p>' for text in warnings_of(log, looks)
     )
-    title = html.escape(f"{setting(config, 'method', 'name')} · {run.resolve().name}")
-    return f'<h1>{title}</h1><table class="facts">{rows}</table>'
+    return (
+        f'<header><h1>{html.escape(title)} <span class="state {state}">{state}</span></h1>'
+        f"<p>{html.escape(line)}{html.escape(f'; {why}' if why else '')}</p>"
+        f'<div class="bar" role="progressbar" aria-valuenow="{100 * share:.0f}" aria-valuemin="0" '
+        f'aria-valuemax="100" aria-label="steps done"><i style="width:{100 * share:.1f}%"></i></div>'
+        f"{tiles(glance(config, log, looks, state))}{warnings}</header>"
+    )
 
 
-# --- curves ----------------------------------------------------------------------------------------
-
-
-def _curves(log: Sequence[Mapping[str, Any]]) -> str:
-    if not log:
-        return '<p class="soft">log.jsonl has no line yet.</p>'
-    parts = sorted({key for record in log for key in record if key.startswith("loss_")})
-    losses = [series(log, "loss", "loss")]
-    losses += [series(log, part, part.removeprefix("loss_")) for part in parts[:4]]
-    panels = [
-        panel("Loss", losses, "loss (nats)"),
-        panel("Learning rate", [series(log, "lr", "lr")], "learning rate"),
-        panel("Throughput", [series(log, "images_per_s", "images/s")], "images/s", True),
-        panel(
-            "Waiting for data",
-            [series(log, "data_wait", "data wait", 100)],
-            "% of step time",
-            True,
-        ),
-    ]
-    if any("memory_gb" in record for record in log):
-        memory = [series(log, "memory_gb", "peak memory")]
-        panels.append(panel("GPU memory", memory, "GB", True))
+def _grid(panels: Sequence[str], otherwise: str) -> str:
+    if not panels:
+        return f'<p class="soft">{html.escape(otherwise)}</p>'
     return f'<div class="grid2">{"".join(panels)}</div>'
+
+
+def _settings(text: str, config: Mapping[str, Any], log: Records) -> str:
+    panels = schedule_panels(config, log)
+    schedules = _grid(panels, "") if panels else ""
+    return f"{schedules}<details><summary>config.yaml</summary>{code(text)}</details>"
 
 
 # --- pictures and commands -------------------------------------------------------------------------

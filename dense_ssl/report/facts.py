@@ -1,23 +1,26 @@
 """What a run was, in words: read from its folder for the first table of the report."""
 
-import os
-import platform
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dense_ssl.config import UserError
+from dense_ssl.events import machine
 from dense_ssl.log import duration
 from dense_ssl.weights.fingerprint import weights_sha256
 from dense_ssl.weights.pretrained import read_checkpoint
 
 
 def run_facts(
-    run: Path, config: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
+    run: Path,
+    config: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
 ) -> dict[str, str]:
     """Return what is to be said of a run, by title."""
+    machines = dict.fromkeys(str(e["machine"]) for e in events if e.get("machine"))
     return {
         "Run": str(run),
         "Method": f"{setting(config, 'method', 'name')}, backbone "
@@ -27,8 +30,54 @@ def run_facts(
         "Optimiser": _optimiser(config),
         "Progress": _progress(config, log),
         "Weights": _weights(run),
-        "Page written on": _machine(),
+        "Trained on": "; then ".join(machines) or "not recorded",
+        "Page written": f"{time.strftime('%Y-%m-%d %H:%M')} on {machine()}",
     }
+
+
+def glance(
+    config: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
+    looks: Sequence[Mapping[str, Any]],
+    state: str,
+) -> dict[str, str]:
+    """Return the few figures that say whether a run is well, by what they are."""
+    found: dict[str, str] = {}
+    if log:
+        last = log[-1]
+        if isinstance(last.get("loss"), int | float):
+            found["loss"] = f"{last['loss']:.4g}"
+        if last.get("epoch"):
+            found["epochs"] = f"{last['epoch']:.2f}"
+        speeds = [r["images_per_s"] for r in log if r.get("images_per_s")]
+        if speeds:
+            found["images/s, median"] = f"{statistics.median(speeds):,.0f}"
+        found["of training"] = duration(seconds_trained(config, log))
+        if state == "running" and isinstance(last.get("eta_s"), int | float):
+            found["left"] = duration(last["eta_s"])
+    if looks:
+        last = looks[-1]
+        for key, name, form in _GLANCED:
+            if isinstance(last.get(key), int | float):
+                found[name] = form.format(last[key])
+    return found
+
+
+_GLANCED = (
+    ("match_one_cell", "matches within a cell", "{:.0f} %"),
+    ("knn", "k-NN", "{:.1f} %"),
+    ("rankme", "effective rank", "{:.0f}"),
+)
+
+
+def progress(config: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return the last step logged and how many are planned; 0, 0 before the first line."""
+    steps = [(p["step"], p["epoch"]) for p in log if p.get("epoch") and "step" in p]
+    if not steps:
+        return 0, 0
+    step, epoch = steps[-1]
+    planned = round(float(setting(config, "train", "epochs") or epoch) * step / epoch)
+    return step, min(planned, setting(config, "train", "steps") or planned)
 
 
 def setting(config: Mapping[str, Any], *keys: str) -> Any:
@@ -61,19 +110,16 @@ def _optimiser(config: Mapping[str, Any]) -> str:
 
 
 def _progress(config: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
-    steps = [(p["step"], p["epoch"]) for p in log if p.get("epoch") and "step" in p]
-    if not steps:
+    step, planned = progress(config, log)
+    if not planned:
         return "no step logged yet"
-    step, epoch = steps[-1]
-    planned = round(float(setting(config, "train", "epochs") or epoch) * step / epoch)
-    planned = min(planned, setting(config, "train", "steps") or planned)
+    epoch = next(p["epoch"] for p in reversed(log) if p.get("epoch"))
     state = "finished" if step >= planned else "not finished"
-    return (
-        f"{step:,} of {planned:,} steps, {epoch:.2f} epochs, {state}; {_time_trained(config, log)}"
-    )
+    spent = duration(seconds_trained(config, log))
+    return f"{step:,} of {planned:,} steps, {epoch:.2f} epochs, {state}; {spent} of training"
 
 
-def _time_trained(config: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
+def seconds_trained(config: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> float:
     """Return the training time that the logged speeds add up to."""
     seconds, before = 0.0, 0
     for record in log:
@@ -81,7 +127,7 @@ def _time_trained(config: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -
             images = (record["step"] - before) * float(setting(config, "train", "batch_size") or 0)
             seconds += images / record["images_per_s"]
         before = record.get("step", before)
-    return f"{duration(seconds)} of training"
+    return seconds
 
 
 def _weights(run: Path) -> str:
@@ -94,16 +140,3 @@ def _weights(run: Path) -> str:
     except (UserError, KeyError, TypeError, AttributeError):
         return "the last checkpoint cannot be read"
     return f"sha256 {digest} at step {checkpoint.get('step')}"
-
-
-def _machine() -> str:
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return (
-        f"{processor}, {os.cpu_count()} cores, {', '.join(gpus) or 'no CUDA GPU'}; "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )

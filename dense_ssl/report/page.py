@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dense_ssl.report.svg_plot import Line, line_plot
+from dense_ssl.report.svg_plot import Band, Line, line_plot
 
+MOST_LINES = 20_000
 _STYLE = Path(__file__).with_name("report.css")
 
 
@@ -21,7 +22,7 @@ def page(title: str, sections: Sequence[str]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE.read_text()}</style></head><body>"
-        f"{''.join(sections)}</body></html>\n"
+        f"<main>{''.join(sections)}</main></body></html>\n"
     )
 
 
@@ -44,12 +45,36 @@ def picture(png: bytes, caption: str) -> str:
     )
 
 
+def facts_table(facts: Mapping[str, str]) -> str:
+    """Return names and what is to be said of them."""
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>'
+        for name, value in facts.items()
+    )
+    return f'<table class="facts">{rows}</table>'
+
+
+def tiles(figures: Mapping[str, str]) -> str:
+    """Return a few figures, large, with what they are below."""
+    boxes = "".join(
+        f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
+        for name, value in figures.items()
+    )
+    return f'<div class="tiles">{boxes}</div>' if boxes else ""
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file; lines that are cut short and missing files give none."""
+    """Return the records of a JSON-lines file; lines that are cut short and missing files give none.
+
+    Of more than `MOST_LINES` lines evenly spaced ones are read, and the last: a page takes a second, not
+    minutes, whatever the length of the run.
+    """
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(errors="replace").splitlines():
+    lines = path.read_text(errors="replace").splitlines()
+    apart = -(-len(lines) // MOST_LINES)
+    for line in lines if apart <= 1 else [*lines[:-1:apart], lines[-1]]:
         try:
             record = json.loads(line)
         except ValueError:
@@ -74,6 +99,7 @@ def panel(
     lines: Sequence[Line],
     y_label: str,
     from_zero: bool = False,
+    band: Band | None = None,
 ) -> str:
     """Return curves under a title, with the last value of each."""
     legend = "".join(
@@ -81,8 +107,12 @@ def panel(
         f"{f'{line.points[-1][1]:.4g}' if line.points else ''}</span>"
         for i, line in enumerate(lines)
     )
-    plot = line_plot(lines, "optimiser step", y_label, from_zero)
-    return f"<figure><figcaption>{html.escape(title)}{legend}</figcaption>{plot}</figure>"
+    if band:
+        legend += f'<span><i class="key in-band"></i>{html.escape(band.label)}</span>'
+    plot = line_plot(lines, "optimiser step", y_label, from_zero, band)
+    return (
+        f"<figure><figcaption>{html.escape(title)}<div>{legend}</div></figcaption>{plot}</figure>"
+    )
 
 
 def evaluation_table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -21,14 +21,29 @@ class Line:
     points: Sequence[tuple[float, float]]  # (x, y), x ascending
 
 
-def line_plot(lines: Sequence[Line], x_label: str, y_label: str, from_zero: bool = False) -> str:
+@dataclass(frozen=True, slots=True)
+class Band:
+    """What lies between two curves."""
+
+    label: str
+    points: Sequence[tuple[float, float, float]]  # (x, low, high), x ascending
+
+
+def line_plot(
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    from_zero: bool = False,
+    band: Band | None = None,
+) -> str:
     """Return an SVG element with axes, ticks and one polyline per series; x runs from 0.
 
-    Points that are not finite are left out. `from_zero` makes the y axis start at 0.
+    Points that are not finite are left out. `from_zero` makes the y axis start at 0; a band lies behind.
     """
     series = [_thinned([p for p in line.points if all(map(math.isfinite, p))]) for line in lines]
-    xs = [x for points in series for x, _ in points] or [0.0]
-    ys = [y for points in series for _, y in points] or [0.0]
+    edges = [p for p in (band.points if band else ()) if all(map(math.isfinite, p))]
+    xs = [x for points in series for x, _ in points] + [x for x, *_ in edges] or [0.0]
+    ys = [y for points in series for _, y in points] + [y for _, *y2 in edges for y in y2] or [0.0]
     x_ticks = ticks(0.0, max(xs), 8)
     y_ticks = ticks(min(0.0, *ys) if from_zero else min(ys), max(ys), 5)
     x_span = (0.0, max(*xs, 1e-9))
@@ -60,6 +75,11 @@ def line_plot(lines: Sequence[Line], x_label: str, y_label: str, from_zero: bool
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, x_label, "middle"))
     middle = (_TOP + HEIGHT - _BOTTOM) / 2
     parts.append(_text(14, middle, y_label, "middle", f' transform="rotate(-90 14 {middle})"'))
+    if band and edges:
+        around = [at(x, high) for x, _, high in edges] + [at(x, low) for x, low, _ in edges[::-1]]
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in around)
+        title = f"<title>{html.escape(band.label)}</title>"
+        parts.append(f'<polygon class="band" points="{corners}">{title}</polygon>')
     for number, (line, points) in enumerate(zip(lines, series, strict=True)):
         parts.append(_drawn(number, line.label, [at(x, y) for x, y in points]))
     return "".join([*parts, "</svg>"])
