@@ -1,12 +1,15 @@
 """The page about this machine: what a finding looks like, that checks really call, what a forecast says."""
 
+import shutil
+from types import SimpleNamespace as Usage
+
 import pytest
 import torch
 
 from dense_ssl.config import load
-from dense_ssl.doctor import software
+from dense_ssl.doctor import machine, software
 from dense_ssl.doctor.__main__ import main
-from dense_ssl.doctor.findings import Finding, Severity, attempt, page, worst
+from dense_ssl.doctor.findings import Finding, Severity, attempt, page, summary, worst
 from dense_ssl.doctor.forecast import Cost, _memory, forecast, measure_step
 from dense_ssl.doctor.machine import check_machine
 from dense_ssl.loaders.source import decode
@@ -51,6 +54,11 @@ def test_the_page_marks_severity_and_the_worst_is_the_exit_code():
         "                -> do this",
     ]
     assert worst(sections) == 1
+    assert summary(sections) == "It works; longer could be better."
+    assert summary([("A", [Finding("gpu", "x", Severity.BROKEN)])]).startswith(
+        "This cannot run here"
+    )
+    assert summary([]) == "All is well."
     assert worst([]) == 0
 
 
@@ -95,16 +103,20 @@ def test_memory_grows_with_images_and_the_remedy_keeps_the_global_batch(monkeypa
     assert "not one image" in _memory(Cost(1.0, 23e9, 1e9), 8).remedy
 
 
-def test_the_forecast_names_the_limit_and_the_hours(tmp_path):
+def test_the_forecast_names_the_limit_and_the_hours(tmp_path, monkeypatch):
     from dataprep.synthetic import write_random_images
 
     write_random_images(tmp_path, 64)
     given = [f"data.path={tmp_path}", "run.dir=x", *SMALL, "train.epochs=100"]
     config = load(RunConfig, recipe_path("demo/moco"), given)
     found = {finding.name: finding for finding in forecast(config, 1, with_data=True)}
-    assert set(found) == {"step", "memory", "loader", "whole run"}
+    assert set(found) == {"step", "memory", "checkpoints", "loader", "whole run", "limit"}
     assert "100 epochs of 64 images" in found["whole run"].value
-    assert "limited by" in found["whole run"].value
+    assert found["limit"].value in ("the network, on a CPU", "the loader (folder)")
+    assert found["limit"].remedy
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=1000))
+    full = {finding.name: finding for finding in forecast(config, 1, with_data=False)}
+    assert full["checkpoints"].severity is Severity.BROKEN
 
 
 @pytest.mark.parametrize(
@@ -120,3 +132,13 @@ def test_wrong_input_is_one_sentence_and_code_2(arguments, sentence, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert sentence in error
+
+
+@pytest.mark.parametrize(("load", "cores", "severity"), [(9.0, 8, 1), (5.0, 8, 1), (1.0, 8, 0)])
+def test_other_work_is_said_because_rates_depend_on_it(monkeypatch, load, cores, severity):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr("dense_ssl.doctor.machine.share_of_cores", lambda: cores)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    finding = machine._threads()
+    assert finding.severity == severity
+    assert ("what it leaves" in finding.remedy) == (load > cores)

@@ -99,7 +99,7 @@ def recipe(tmp_path):
 def test_a_pass_takes_no_more_images_than_said(recipe, tmp_path, capsys):
     assert pretrain.main([recipe("whole"), "train.steps=2", "train.accumulate=2"]) == 0
     assert pretrain.main([recipe("passes"), "train.steps=2", "train.micro_batch=8"]) == 0
-    line = "16 = 1 rank(s) x 2 accumulated x 8 in 2 BatchNorm groups"
+    line = "16 = 2 accumulated x 8 in 2 BatchNorm groups"
     assert capsys.readouterr().err.count(line) == 2
     assert losses_of(tmp_path / "passes") == losses_of(tmp_path / "whole")
 

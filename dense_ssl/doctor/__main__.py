@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dense_ssl.config import UserError, load
-from dense_ssl.doctor.findings import Finding, page, worst
+from dense_ssl.doctor.findings import Finding, page, summary, worst
 from dense_ssl.doctor.forecast import forecast
 from dense_ssl.doctor.machine import check_machine
 from dense_ssl.doctor.rates import check_rates
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     print(time.strftime("%Y-%m-%d %H:%M") + "\n")
     print(page(sections))
+    print(f"\n{summary(sections)}")
     if not args.recipe:
         print("\nMETHOD=densecl [DATA=shards/coco] adds what that run would need.")
     return int(worst(sections))

@@ -56,3 +56,15 @@ def worst(sections: Iterable[tuple[str, Sequence[Finding]]]) -> Severity:
     """Return the worst severity of all findings."""
     found = (finding.severity for _, findings in sections for finding in findings)
     return max(found, default=Severity.GOOD)
+
+
+def summary(sections: Iterable[tuple[str, Sequence[Finding]]]) -> str:
+    """Return in one sentence what there is to do."""
+    found = [finding for _, findings in sections for finding in findings]
+    broken = [finding.name for finding in found if finding.severity is Severity.BROKEN]
+    warned = [finding.name for finding in found if finding.severity is Severity.WARNING]
+    if broken:
+        return f"This cannot run here before {' and '.join(broken)} is seen to."
+    if warned:
+        return f"It works; {', '.join(warned)} could be better."
+    return "All is well."

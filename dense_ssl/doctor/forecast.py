@@ -1,7 +1,9 @@
 """What a recipe would need of this machine: a few real steps and batches, and what follows from them."""
 
+import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from dense_ssl.config import UserError
 from dense_ssl.doctor.findings import Finding, Severity
 from dense_ssl.loaders import make_loader, open_source
 from dense_ssl.loaders.order import Order
+from dense_ssl.log import duration
 from dense_ssl.methods import make_method
 from dense_ssl.optim import make_optimizer
 from dense_ssl.run_config import RunConfig
@@ -62,26 +65,64 @@ def forecast(config: RunConfig, gpus: int, with_data: bool) -> list[Finding]:
     if with_data:
         images, loader = measure_loader(config)
     rate = min(compute, loader * (ranks if cuda else 1) if loader else compute)
-    hours = train.epochs * images / rate / 3600
     where = f"{ranks} GPU(s)" if cuda else "this CPU, one process"
     what = f"{images} images" if with_data else f"{images} images (no data given: ImageNet's count)"
     findings = [
         Finding("step", f"{compute:.3g} images/s on {where}, {_sharing(config, ranks, per_rank)}"),
         _memory(cost, per_rank),
+        _checkpoints(cost, config),
     ]
     if loader is not None:
         findings.append(_loader(loader, compute / ranks if cuda else compute))
-    limit = "data" if loader is not None and rate < compute else "the step"
+    seconds = train.epochs * images / rate
     findings.append(
         Finding(
-            "whole run", f"{train.epochs:g} epochs of {what}: {_span(hours)}, limited by {limit}"
+            "whole run",
+            f"{train.epochs:g} epochs of {what}: {duration(seconds)} at {rate:.3g} images/s, "
+            f"{duration(seconds / train.epochs)} an epoch",
         )
     )
+    findings.append(_limit(config, loader is not None and rate < compute, cuda))
     return findings
 
 
-def _span(hours: float) -> str:
-    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.0f} days"
+def _limit(config: RunConfig, by_data: bool, cuda: bool) -> Finding:
+    """Return what makes the run no faster, and what would."""
+    if by_data:
+        cut = "" if config.data.cut == "device" or not cuda else "data.cut=device; "
+        return Finding(
+            "limit", f"the loader ({config.data.loader})", Severity.GOOD,
+            f"{cut}data.workers up to the cores; smaller shards; data.loader=ffcv",
+        )  # fmt: skip
+    if not cuda:
+        return Finding(
+            "limit", "the network, on a CPU", Severity.GOOD, "a CUDA GPU; nothing else helps much"
+        )
+    wishes = []
+    if config.train.precision == "fp32":
+        wishes.append("train.precision=bf16")
+    if not config.run.compile:
+        wishes.append("run.compile=true")
+    if config.run.checkpoint_gradients:
+        wishes.append("run.checkpoint_gradients=false if memory allows")
+    return Finding("limit", "the network", Severity.GOOD, "; ".join([*wishes, "more GPUs"]))
+
+
+def _checkpoints(cost: Cost, config: RunConfig) -> Finding:
+    """Return how much of the disk checkpoints take, and whether it is there."""
+    folder = Path(config.run.dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    # One more is on its way while the others are still there. Gradients, counted in, are not saved.
+    need = (config.run.keep_checkpoints + 1) * cost.fixed_bytes
+    value = f"at most {need / GB:.1f} GB, of {free / GB:.0f} free at {there}"
+    if config.run.keep_every_steps:
+        value += f", and {cost.fixed_bytes / GB:.1f} GB every {config.run.keep_every_steps} steps"
+    if need > free:
+        return Finding(
+            "checkpoints", value, Severity.BROKEN, "free some, or set RUN to another disk"
+        )
+    return Finding("checkpoints", value)
 
 
 def measure_step(config: RunConfig, images: int) -> Cost:

@@ -111,7 +111,12 @@ def _open_files() -> Finding:
 def _threads() -> Finding:
     load, cores = os.getloadavg()[0], share_of_cores()
     value = f"load {load:.1f} of {cores} cores"
-    if load > 0.5 * cores and "OMP_NUM_THREADS" not in os.environ:
-        remedy = "other work runs here; on a shared machine OMP_NUM_THREADS=1 is faster than waiting threads"
-        return Finding("busy", value, Severity.WARNING, remedy)
-    return Finding("busy", value)
+    if load > cores:
+        remedy = "other work takes the cores: what is measured below is what it leaves"
+    elif load > 0.5 * cores:
+        remedy = "other work runs here"
+    else:
+        return Finding("busy", value)
+    if "OMP_NUM_THREADS" not in os.environ:
+        remedy += "; on a shared machine OMP_NUM_THREADS=1 is faster than waiting threads"
+    return Finding("busy", value, Severity.WARNING, remedy)
