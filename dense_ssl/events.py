@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dense_ssl.config import UserError
 from dense_ssl.distributed import World
 from dense_ssl.loaders.order import Order
 from dense_ssl.methods import Method
@@ -31,6 +32,19 @@ def note(folder: Path, kind: str, **facts: Any) -> None:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         logger.warning("%s: not recorded: %s", folder / EVENTS, error.strerror)
+
+
+def ended(folder: Path, kind: str, **facts: Any) -> None:
+    """Note how a run has ended, and leave its page; without the page it has ended all the same."""
+    from dense_ssl.report.__main__ import write_report  # not needed before
+
+    if not (folder / "config.yaml").is_file():
+        return  # it has not begun
+    note(folder, kind, **facts)
+    try:
+        write_report(folder)
+    except UserError as error:
+        logger.warning("no report: %s", error)
 
 
 def announce(

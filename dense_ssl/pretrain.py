@@ -90,11 +90,9 @@ def train(config: RunConfig) -> int:
                 return _train(config, shared(config, world.size), world, stop)
             except UserError as error:
                 if world.rank == 0:
-                    events.note(Path(config.run.dir), "refused", reason=str(error))
+                    events.ended(Path(config.run.dir), "refused", reason=str(error))
                 raise
-    except GaveUp as error:
-        if world.rank == 0:
-            events.note(Path(config.run.dir), "gave up", reason=str(error))
+    except GaveUp as error:  # nothing is noted: storage may be what does not answer
         _leave(error)
     except torch.OutOfMemoryError as error:
         explain(error, config)
@@ -283,7 +281,7 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
 
     # --- close -------------------------------------------------------------------------------------
     if world.rank == 0:
-        events.note(folder, "stopped" if done < last_step else "done", step=done)
+        events.ended(folder, "stopped" if done < last_step else "done", step=done)
     if done < last_step:
         logger.info("stopped at step %d, everything saved; the same command resumes", saved_at)
         return STOPPED

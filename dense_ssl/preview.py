@@ -18,15 +18,26 @@ from PIL import Image
 from dense_ssl.checkpoint import write_atomically
 from dense_ssl.config import UserError, load
 from dense_ssl.loaders import open_source
+from dense_ssl.methods.udi import UdiConfig
 from dense_ssl.report.page import page, picture, section
 from dense_ssl.run_config import RunConfig, recipe_path
 from dense_ssl.views import ViewSpec, draw_epoch, positions
 from dense_ssl.visualise.__main__ import expected_cells
+from dense_ssl.visualise.places import place_rows
 from dense_ssl.visualise.samples import Sample, crops_row, mask_rows, sample_of, shown
 from dense_ssl.visualise.sheets import correspondence_sheet, stacked
 
 DRAWN = 5000  # images whose crops the figures are over
 ENLARGED = 1.6  # how far the median crop may be enlarged before sharper shards would show
+_CROPS = (
+    "Left the image with its crop boxes, right the views as the network gets them; <> is mirrored."
+)
+_PAIRS = (
+    "Cells of the first two crops that show the same place: what a dense method can learn from."
+)
+_PLACES = (
+    "Patches sampled in one crop, and the same places in the other; hollow ones are not in it."
+)
 GRID = 7  # cells on a side where no stride says
 
 
@@ -51,10 +62,10 @@ def write_preview(recipe: str, overrides: Sequence[str], out: Path, images: int)
     sections = [
         f"<h1>{html.escape(title)}</h1><p>{count}; batch {config.train.batch_size}, "
         f"{len(sizes) // config.train.batch_size} steps an epoch</p>",
-        *(f"<p><b>{html.escape(warning)}</b></p>" for warning in warnings),
+        *(f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings),
         section(
             "Crops",
-            _png([crops_row(sample, i) for i in range(images)], "boxes and views; <> is mirrored"),
+            _png([crops_row(sample, i) for i in range(images)], _CROPS),
         ),
     ]
     if "mask" in type(config.method).model_fields and "global" in sample.batch.views:
@@ -64,8 +75,11 @@ def write_preview(recipe: str, overrides: Sequence[str], out: Path, images: int)
         )
     pairs = [row for i in range(images) if (row := true_pairs(sample, i)) is not None]
     if pairs:
-        caption = "cells of the first two crops that show the same place: every line is true"
-        sections.append(section("True correspondences", _png(pairs, caption)))
+        sections.append(section("True correspondences", _png(pairs, _PAIRS)))
+    if isinstance(config.method, UdiConfig) and config.method.patches:
+        sections.append(
+            section("Patches that are compared", _png(place_rows(sample, 0)[:images], _PLACES))
+        )
     sections.append(section(f"Over {min(len(sizes), DRAWN)} images", rows))
     try:
         write_atomically(out, page(title, sections).encode())
@@ -146,8 +160,10 @@ def true_pairs(sample: Sample, row: int) -> Image.Image | None:
     pairs = np.stack([apart, best[apart]], axis=1)
     both = (shown(crops.images[0, row]), shown(crops.images[1, row]))
     return correspondence_sheet(
-        both, (grid, grid), best, pairs, np.ones(len(pairs), bool), expected
-    )
+        both, (grid, grid), best, pairs, np.ones(len(pairs), bool), expected,
+        (f"{len(apart)} of {len(inside)} cells that both crops show, where the other shows them",
+         "the same colour is the same place; dark blue is not in the other crop"),
+    )  # fmt: skip
 
 
 def _spread(values: np.ndarray, form: str) -> str:

@@ -51,10 +51,22 @@ def go(args: argparse.Namespace) -> int:
         check_evaluation(args.eval, where, settings)
     given = [f"data.path={args.data}", f"run.dir={run}"]
     code = pretrain.main([args.method, *given, *args.overrides, "--gpus", str(ranks)])
-    if code != pretrain.DONE or not args.eval:
+    if code != pretrain.DONE:
         return code
-    chosen = [args.eval, "--checkpoint", str(run), "--data", where, *settings]
-    return run_stage("dense_ssl.evaluation", chosen)
+    if args.eval:
+        chosen = [args.eval, "--checkpoint", str(run), "--data", where, *settings]
+        code = run_stage("dense_ssl.evaluation", chosen)
+    if (run / "config.yaml").is_file():
+        illustrate(run)
+    return code
+
+
+def illustrate(run: Path) -> None:
+    """Add pictures to a run and to its page; without them the run is still done."""
+    for kind in ("crops", "correspondence"):
+        run_stage("dense_ssl.visualise", ["--run", str(run), "--kind", kind])
+    if run_stage("dense_ssl.report", [str(run)]) == 0:
+        say_weights(run)
 
 
 def check_evaluation(tasks: str, data: str, settings: list[str]) -> None:
@@ -99,6 +111,7 @@ def demo(
          *overrides, "--gpus", str(ranks)),
         ("dense_ssl.evaluation", tasks, *trained, "--out", str(run), *settings),
         ("dense_ssl.visualise", "--run", str(run), "--kind", "crops"),
+        ("dense_ssl.visualise", "--run", str(run), "--kind", "correspondence"),
         ("dense_ssl.report", str(run)),
     ]  # fmt: skip
     for module, *arguments in stages:
@@ -106,11 +119,15 @@ def demo(
         if code != 0:
             return code
     say(f"{run}/report.html shows what happened ({duration(time.monotonic() - started)} in all)")
-    # The run's own last line once more, so that it is the last here too.
+    say_weights(run)
+    return pretrain.DONE
+
+
+def say_weights(run: Path) -> None:
+    """Print the run's own last line once more, so that it is the last here too."""
     saved = checkpoint.load_newest(run / "checkpoints")
     assert saved is not None, f"{run} ended without a checkpoint"
     say(f"weights sha256: {weights_sha256(saved['method'])}")
-    return pretrain.DONE
 
 
 def choose_recipe(method: str) -> str:

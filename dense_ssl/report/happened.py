@@ -13,23 +13,24 @@ from dense_ssl.report.page import read_jsonl
 from dense_ssl.watch.signs import signs
 
 Records = Sequence[Mapping[str, Any]]
+ENDS = ("done", "stopped", "refused")  # after these a process only writes the page
 _MOST_ROWS = 50  # of the table of incidents
 
 
 def standing(run: Path, events: Records, finished: bool) -> tuple[str, str]:
     """Return how a run stands, `running`, `finished`, `stopped`, `failed` or `unknown`, and why.
 
-    Running is what holds the lock of the folder, which dies with its process.
+    Running is what holds the lock of the folder, which dies with its process, and has not noted its end.
     """
-    if _locked(run / ".lock"):
+    last = events[-1] if events else {}
+    kind = last.get("kind")
+    if kind not in ENDS and _locked(run / ".lock"):
         return "running", "a process holds the run's folder"
     if finished:
         return "finished", ""
-    last = events[-1] if events else {}
-    kind = last.get("kind")
     if kind in ("stopped", "done"):
         return "stopped", f"at step {last.get('step')}, everything saved; the same command resumes"
-    if kind in ("refused", "gave up"):
+    if kind == "refused":
         return "failed", str(last.get("reason", ""))
     if kind:
         return "failed", "its process was killed or crashed; the same command resumes"

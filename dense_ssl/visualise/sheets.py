@@ -54,6 +54,7 @@ def correspondence_sheet(
     pairs: np.ndarray,
     strong: np.ndarray,
     expected: np.ndarray,
+    captions: tuple[str, str] | None = None,
 ) -> Image.Image:
     """Return two views with lines between matched cells, and the map of every cell's best match.
 
@@ -65,6 +66,7 @@ def correspondence_sheet(
         strong: bool [M], those drawn thick.
         expected: float [N, 2], row and column in the key grid where each query cell's centre lies
             according to the crop boxes, in cells; NaN where the key view does not show it.
+        captions: of the lines and of the map; None: what of the matches is right.
     """
     query, key = (_resized(view, _PAIR_PX) for view in views)
     lines = _joined(query, key, grids, pairs, strong, expected)
@@ -75,7 +77,8 @@ def correspondence_sheet(
     caption = f"{len(pairs)} mutual matches, {int(strong.sum())} strong (thick); green where the boxes agree"
     count = f"{int(right.sum())} of the {int(seen.sum())} cells that both views show"
     second = f"colour = where the best match lies; right for {count}"
-    return beside([_captioned(lines, caption), _captioned(painted, second)])
+    under = captions or (caption, second)
+    return beside([_captioned(lines, under[0]), _captioned(painted, under[1])])
 
 
 def tiles_sheet(names: Sequence[str], tiles: Sequence[np.ndarray], side: int = 0) -> Image.Image:
@@ -158,9 +161,9 @@ def below(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def stacked(images: Sequence[Image.Image], title: str) -> Image.Image:
-    """Return images below one another under a title, with a margin around."""
+    """Return images below one another under a title, where there is one, with a margin around."""
     width = max(image.width for image in images) + 2 * _GAP
-    heading = 30
+    heading = 30 if title else 0
     height = heading + sum(image.height + 2 * _GAP for image in images)
     sheet = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
