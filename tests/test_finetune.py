@@ -8,14 +8,19 @@ import torch
 import torch.multiprocessing as mp
 
 from dataprep.synthetic import write_jpeg
-from dense_ssl.backbones import BackboneConfig, make_backbone
+from dense_ssl.backbones import BackboneConfig, Projection, make_backbone
+from dense_ssl.checkpoint import FORMAT
 from dense_ssl.config import UserError
 from dense_ssl.distributed import close_world, init_world
-from dense_ssl.evaluation import finetune, knn, linear
+from dense_ssl.evaluation import finetune, knn, linear, suite
 from dense_ssl.evaluation.classify_data import ClassifyData, LabelledPictures
 from dense_ssl.evaluation.features import FeatureCache
 from dense_ssl.evaluation.layer_decay import parameter_groups
 from dense_ssl.evaluation.suite import configs_of
+from dense_ssl.methods.ibot import DinoConfig, IBot
+from dense_ssl.methods.prototype_head import PrototypeHead
+from dense_ssl.weights.layouts import first_projection
+from dense_ssl.weights.pretrained import load_backbone
 
 TINY = {"size": 32, "precision": "fp32", "workers": 0, "warmup_epochs": 0, "lr_per": None}
 
@@ -68,6 +73,113 @@ def test_recipes_set_what_is_not_given():
         configs_of(["finetune"], ["randaugment=auto"])
     with pytest.raises(UserError, match="batch_size must be a multiple of accumulate"):
         configs_of(["finetune"], ["accumulate=3"])
+
+
+def test_the_recipes_of_deit_and_their_names(halves):
+    transfer, semi = (
+        finetune.Config(recipe="transfer"),
+        finetune.Config(recipe="semi", subset="10%"),
+    )
+    assert (transfer.lr, semi.lr, semi.lr_per, semi.epochs) == (7.5e-6, 5e-6, 512, 1000)
+    assert transfer.repeats == semi.repeats == 3 and semi.from_head and not transfer.from_head
+    assert (transfer.batch_size, transfer.layer_decay, transfer.warmup_epochs) == (768, 1, 5)
+    for name, settings in {
+        "finetune/v1": {},
+        "finetune-semi/v1": {"recipe": "semi"},
+        "finetune-transfer-last2/v1": {"recipe": "transfer", "tuned_blocks": 2},
+    }.items():
+        assert finetune.load(halves, finetune.Config(**settings)).protocol == name
+    with pytest.raises(UserError, match="from_head: heads are trained on the class token"):
+        configs_of(["finetune"], ["from_head=true"])
+
+
+def test_the_first_layer_of_the_head_is_kept():
+    """Of a checkpoint of ours: its own projection, then a fresh linear layer."""
+    config = finetune.Config(recipe="semi", drop_path=0)
+    backbone = network()
+    with pytest.raises(UserError, match="no projection head is known of this test_vit"):
+        finetune._classifier(backbone, 3, config)
+    head = PrototypeHead(64, 8, hidden_dim=20)
+    first = head.mlp[0]
+    state = {f"teacher.head.{name}": value for name, value in head.state_dict().items()}
+    for checkpoint in (
+        {"format": FORMAT, "method": state},
+        {"teacher": {f"module.{n.removeprefix('teacher.')}": v for n, v in state.items()}},
+    ):
+        found = first_projection(checkpoint, "teacher", 64)
+        assert found is not None and torch.equal(found[0], first.weight) and found[2] == "gelu"
+        assert first_projection(checkpoint, "teacher", 32) is None
+    backbone.projection = Projection(*found)
+    model = finetune._classifier(backbone, 3, config).eval()
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        hidden = torch.nn.functional.gelu(first(backbone(images).cls[:, 0]))
+        torch.testing.assert_close(model(images), model.head(hidden))
+    groups = parameter_groups(model, 0.5, 0.05)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert scale[id(model.projection[0].weight)] == 1
+
+
+def test_runs_carry_their_projection_and_the_untrained_network_a_fresh_one(tmp_path):
+    small = {"out_dim": 16, "hidden_dim": 32, "bottleneck_dim": 8}
+    method = IBot(DinoConfig(backbone=BackboneConfig(name="test_vit"), **small))
+    config = {"method": {"name": "dino", "backbone": {"name": "test_vit"}}}
+    path = tmp_path / "last.pt"
+    torch.save({"format": FORMAT, "config": config, "method": method.state_dict()}, path)
+    loaded = load_backbone(str(path))
+    known = loaded.backbone.projection
+    assert torch.equal(known.weight, method.teacher["head"].mlp[0].weight)
+    fresh = suite._untrained(loaded).backbone.projection
+    assert fresh.weight.shape == known.weight.shape and not torch.equal(fresh.weight, known.weight)
+    assert load_backbone("random:test_vit").backbone.projection is None
+
+
+@pytest.mark.parametrize(("blocks", "first"), [(0, 6), (2, 4), (6, 0)])
+def test_only_the_last_blocks_are_tuned(blocks, first):
+    model = finetune._classifier(network(), 3, finetune.Config(tuned_blocks=blocks))
+    trained = {
+        n.removeprefix("backbone.trunk.") for n, p in model.named_parameters() if p.requires_grad
+    }
+    assert {n for n in trained if n.startswith("blocks")} == {
+        n for n, _ in model.backbone.trunk.named_parameters()
+        if n.startswith("blocks") and int(n.split(".")[1]) >= first
+    }  # fmt: skip
+    assert {"head.weight", "fc_norm.weight"} <= trained and "patch_embed.proj.weight" not in trained
+    groups = parameter_groups(model, 1.0, 0.05)
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+    with pytest.raises(UserError, match="tuned_blocks=7: test_vit has 6 blocks"):
+        finetune._classifier(network(), 3, finetune.Config(tuned_blocks=7))
+    with pytest.raises(UserError, match="tuned_blocks=1: test_resnet has 0 blocks"):
+        finetune._classifier(network("test_resnet"), 3, finetune.Config(tuned_blocks=1))
+
+
+def test_repeated_augmentation_shows_fewer_images_more_often(halves):
+    config = finetune.Config(**TINY, epochs=1, batch_size=12, lr=1e-3, repeats=3, randaugment=None)
+    crops = finetune._crops(finetune.load(halves, config), config)
+    assert crops.batch_size == 12 and crops.steps_per_epoch == 1  # 20 images: one batch of 4 x 3
+    ((images, labels),) = list(crops.epoch(0))
+    assert len(images) == 12 and (labels.view(4, 3) == labels.view(4, 3)[:, :1]).all()
+    assert len({image.numpy().tobytes() for image in images}) == 12  # three crops of each
+    ((again, _),) = list(finetune._crops(finetune.load(halves, config), config).epoch(0))
+    assert torch.equal(again, images)
+    seen = set()
+    for epoch in range(8):
+        for images, _ in crops.epoch(epoch):
+            seen.add(images.numpy().tobytes())
+    assert len(seen) == 8
+
+
+def test_semi_learns_a_separable_set_from_its_head(halves):
+    config = finetune.Config(
+        **TINY | {"lr_per": None}, recipe="semi", epochs=24, batch_size=12, lr=2e-3, min_lr=1e-3,
+        drop_path=0, randaugment=None, mixup=0, cutmix=0, subset="6/class",
+    )  # fmt: skip
+    backbone = network()
+    layer = torch.nn.Linear(64, 32)
+    backbone.projection = Projection(layer.weight.detach(), layer.bias.detach(), "gelu")
+    values = finetune.run(backbone, finetune.load(halves, config), config)
+    assert values["top1"] > 95 and values["chance/top1"] == 50
 
 
 def test_learning_rates_over_a_run():

@@ -44,9 +44,19 @@ class Features:
     hidden: Tensor | None = None  # [B, N, D]  a ViT's cells before its final norm
 
 
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The first layer of the head that a backbone was trained under; no part of its state."""
+
+    weight: Tensor  # [hidden, D]
+    bias: Tensor  # [hidden]
+    activation: Literal["gelu", "relu"]  # after it
+
+
 class Backbone(nn.Module, ABC):
     """A timm trunk that returns `Features`. State keys are `trunk.<timm name>`."""
 
+    projection: Projection | None = None  # where its checkpoint has one
     config: BackboneConfig
     trunk: nn.Module
     dim: int  # D

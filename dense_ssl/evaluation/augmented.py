@@ -4,6 +4,7 @@ Random crops and flips come from the crop plan, RandAugment (Cubuk et al., arXiv
 draw is keyed by (seed, epoch, image), so neither workers nor a resumed job change what is seen.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,7 @@ class TrainingCrops:
         workers: int | None,
         omitted: Omissions,
         multiple: int = 1,
+        repeats: int = 1,
     ) -> None:
         """Read the headers of all pictures.
 
@@ -73,6 +75,8 @@ class TrainingCrops:
             workers: processes per rank that decode, 0 for none; None is the rank's share of the cores.
             omitted: told of files that cannot be read, each once; their place is taken by the next.
             multiple: a rank's batch is a multiple of this.
+            repeats: crops of every image in a batch; an epoch shows so many times fewer images
+                (repeated augmentation: Hoffer et al. 2020; DeiT).
 
         Raises:
             UserError: the batch does not divide among the ranks, or there are too few pictures.
@@ -83,7 +87,7 @@ class TrainingCrops:
         for number, size in enumerate(sizes):
             if size is None:
                 omitted.add("train: image header not readable", str(pictures[number]))
-        whole = multiple * world_size()
+        whole = math.lcm(multiple, repeats) * world_size()
         if batch_size % whole:
             raise UserError(f"batch_size={batch_size} is not a multiple of {whole}, as it must be")
         self.batch_size = min(batch_size, len(readable) - len(readable) % whole)
@@ -96,16 +100,16 @@ class TrainingCrops:
         self._views = (
             ViewSpec(
                 name="crop",
-                count=1,
+                count=repeats,
                 size=augmentation.size,
                 scale=augmentation.scale,
                 filter=augmentation.resampling,
             ),
         )
-        self._seed = seed
-        self._order = Order(
-            len(readable), self.batch_size, world_size=world_size(), rank=rank(), seed=seed
-        )
+        self._seed, self._repeats = seed, repeats
+        self.steps_per_epoch = len(readable) // self.batch_size
+        images = self.batch_size // repeats
+        self._order = Order(len(readable), images, world_size=world_size(), rank=rank(), seed=seed)
         self._tasks = _Tasks()
         workers = share_of_cores() if workers is None else workers
         self._show = _Show(self._pictures, self._sizes, augmentation)
@@ -120,11 +124,6 @@ class TrainingCrops:
             generator=torch.Generator(),  # of the workers' seeds: torch's own is left alone
         )
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches per epoch."""
-        return self._order.steps_per_epoch
-
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield uint8 images [B, 3, S, S] and their labels, int64 [B], B of this rank alone.
 
@@ -134,18 +133,23 @@ class TrainingCrops:
         plan = draw_epoch(self._views, self._sizes, self._seed, epoch)
         keys = fold_np(np.asarray(key_of(self._seed, STREAM, epoch)), np.arange(len(self._sizes)))
 
-        def record(index: int) -> _Record:
-            box, flipped = plan.boxes[index, 0], bool(plan.flipped[index, 0])
-            return _Record(index, tuple(box.tolist()), flipped, int(keys[index]))
+        def record(index: int, crop: int) -> _Record:
+            box, flipped = plan.boxes[index, crop], bool(plan.flipped[index, crop])
+            key = int(fold_np(keys[index], np.asarray(crop))) if crop else int(keys[index])
+            return _Record(index, tuple(box.tolist()), flipped, key)
 
-        batches = self._order.batches(epoch)
-        self._tasks.batches = [[record(index) for index in batch.tolist()] for batch in batches]
-        for wanted, images in zip(batches, self._loader, strict=True):
-            index = wanted.tolist()
+        shown = [
+            [(index, crop) for index in batch.tolist() for crop in range(self._repeats)]
+            for batch in self._order.batches(epoch)[: self.steps_per_epoch]
+        ]
+        self._tasks.batches = [[record(*one) for one in batch] for batch in shown]
+        for wanted, images in zip(shown, self._loader, strict=True):
+            index = [number for number, _ in wanted]
             for row, image in enumerate(images):
                 if isinstance(image, str):
                     self._note(index[row], image)
-                    index[row], images[row] = self._next_readable(index[row], record)
+                    crop = partial(record, crop=wanted[row][1])
+                    index[row], images[row] = self._next_readable(index[row], crop)
             pixels = torch.from_numpy(np.stack(images))
             yield pixels, self._labels[torch.tensor(index)]
 

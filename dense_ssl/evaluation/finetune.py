@@ -7,9 +7,15 @@
 | beit-base  | 1e-3                | 0.65        | 100, 20         | 0.2       | class token  | iBOT, ViT-B               |
 | beit-large | 1e-3                | 0.75        | 50, 5           | 0.4       | class token  | iBOT, ViT-L               |
 | udi        | 1e-3                | 0.55        | 200, 20         | 0.1       | class token  | UDI, ViT-S                |
+| transfer   | 7.5e-6 per 512      | none        | 1000, 5         | 0.1       | class token  | DeiT; iBOT on small sets  |
+| semi       | 5e-6 per 512        | none        | 1000, 5         | 0.1       | first layer of the projection head | iBOT, UDI from few labels |
+
+The last two see every image three times in a batch of 768 (repeated augmentation), and are judged by the weights
+themselves, as DeiT's code does: its moving average is kept there and not measured. `from_head` keeps the first
+layer of the head a network was pre-trained under, with its activation; `tuned_blocks` trains the last blocks alone.
 
 All: AdamW, decay 0.05 but none of tensors with one axis, positions and class tokens; cosine per step to
-1e-6; batch 1024; RandAugment, mixup 0.8 or cutmix 1.0, label smoothing 0.1, random erasing 0.25; no clipping,
+1e-6; batch 1024 but for the last two; RandAugment, mixup 0.8 or cutmix 1.0, label smoothing 0.1, random erasing 0.25; no clipping,
 no average of weights. A recipe sets the keys that are not given. ResNets train with their stages as layers.
 
 Every draw is keyed by (seed, epoch, image) or (seed, step): a job that was stopped goes on from its last
@@ -32,7 +38,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from dense_ssl import checkpoint
-from dense_ssl.backbones import Backbone, ViTBackbone, make_backbone
+from dense_ssl.backbones import Backbone, Projection, ViTBackbone, make_backbone
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank, world_size
@@ -51,7 +57,7 @@ from dense_ssl.evaluation.features import (
     extract,
     normalised,
 )
-from dense_ssl.evaluation.layer_decay import parameter_groups
+from dense_ssl.evaluation.layer_decay import freeze_all_but, parameter_groups
 from dense_ssl.evaluation.ranks import share_buffers
 from dense_ssl.evaluation.subsets import draw_subset, is_list
 from dense_ssl.rng import key_of
@@ -59,12 +65,18 @@ from dense_ssl.schedule import Schedule, Step
 
 _MAE: dict[str, Any] = {"read": "mean", "lr": 5e-4, "lr_per": 256, "layer_decay": 0.65}
 _BEIT: dict[str, Any] = {"read": "cls", "lr": 1e-3, "lr_per": None, "warmup_epochs": 20}
+_DEIT: dict[str, Any] = {
+    "read": "cls", "lr_per": 512, "layer_decay": 1.0, "epochs": 1000, "warmup_epochs": 5, "drop_path": 0.1,
+    "batch_size": 768, "repeats": 3, "resampling": "bicubic",
+}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "mae": _MAE | {"epochs": 100, "warmup_epochs": 5, "drop_path": 0.1, "resampling": "bicubic"},
     "beit-small": _BEIT | {"epochs": 200, "layer_decay": 0.75, "drop_path": 0.1},
     "beit-base": _BEIT | {"epochs": 100, "layer_decay": 0.65, "drop_path": 0.2},
     "beit-large": _BEIT | {"epochs": 50, "layer_decay": 0.75, "drop_path": 0.4, "warmup_epochs": 5},
     "udi": _BEIT | {"epochs": 200, "layer_decay": 0.55, "drop_path": 0.1},
+    "transfer": _DEIT | {"lr": 7.5e-6},
+    "semi": _DEIT | {"lr": 5e-6, "from_head": True},
 }
 STREAM = int.from_bytes(b"tune", "big")  # mixup, erasing and drop path: a seed per (step, rank)
 
@@ -72,7 +84,9 @@ STREAM = int.from_bytes(b"tune", "big")  # mixup, erasing and drop path: a seed 
 class Config(BaseConfig):
     """Settings of the protocol; `recipe` sets what is not given."""
 
-    recipe: Literal["mae", "beit-small", "beit-base", "beit-large", "udi"] = "mae"
+    recipe: Literal[
+        "mae", "beit-small", "beit-base", "beit-large", "udi", "transfer", "semi"
+    ] = "mae"  # fmt: skip
     read: Literal["cls", "mean"]
     lr: Annotated[float, Field(gt=0)]
     lr_per: Annotated[int, Field(ge=1)] | None  # images the rate is for; None: whatever the batch
@@ -80,6 +94,9 @@ class Config(BaseConfig):
     epochs: Annotated[int, Field(ge=1)]
     warmup_epochs: Annotated[float, Field(ge=0)]
     drop_path: Annotated[float, Field(ge=0, lt=1)]
+    from_head: bool = False  # keep the first layer of the projection head
+    tuned_blocks: Annotated[int, Field(ge=0)] | None = None  # of a ViT, the last ones; None: all
+    repeats: Annotated[int, Field(ge=1)] = 1  # crops of every image in a batch
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     batch_size: Annotated[int, Field(ge=2)] = 1024  # of all ranks together, after accumulation
@@ -116,6 +133,8 @@ class Config(BaseConfig):
     def _divides(self) -> "Config":
         if self.batch_size % self.accumulate:
             raise ValueError("batch_size must be a multiple of accumulate")
+        if self.from_head and self.read != "cls":
+            raise ValueError("from_head: heads are trained on the class token; take read=cls")
         return self
 
 
@@ -127,7 +146,12 @@ def load(path: Path, config: Config) -> ClassifyData:
     """
     if config.subset:
         is_list(config.subset)
-    return open_classification(path, (config.max_train, config.max_val), "finetune")
+    name = "finetune"
+    if config.recipe in ("transfer", "semi"):
+        name += f"-{config.recipe}"
+    if config.tuned_blocks is not None:
+        name += f"-last{config.tuned_blocks}"
+    return open_classification(path, (config.max_train, config.max_val), name)
 
 
 def run(
@@ -148,16 +172,33 @@ def pictures(
 
 
 class Classifier(nn.Module):
-    """A backbone with a linear layer on its class token, or on the normalised mean of its cells."""
+    """A backbone with a linear layer on its class token, or on the normalised mean of its cells.
 
-    def __init__(self, backbone: Backbone, read: Literal["cls", "mean"], classes: int) -> None:
+    With `projection` that layer and its activation stand in between.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        read: Literal["cls", "mean"],
+        classes: int,
+        projection: Projection | None = None,
+    ) -> None:
         super().__init__()
         self.backbone, self.read = backbone, read
+        dim = backbone.dim
+        self.projection: nn.Module = nn.Identity()
+        if projection is not None:
+            dim, width = projection.weight.shape
+            layer = nn.Linear(width, dim)
+            layer.load_state_dict({"weight": projection.weight, "bias": projection.bias})
+            activation = nn.GELU() if projection.activation == "gelu" else nn.ReLU()
+            self.projection = nn.Sequential(layer, activation)
         self.fc_norm: nn.Module = nn.Identity()
         if read == "mean" and isinstance(backbone, ViTBackbone):
             self.fc_norm = nn.LayerNorm(backbone.dim, eps=1e-6)
             backbone.trunk.norm = nn.Identity()  # MAE: fc_norm takes the place of the final norm
-        self.head = nn.Linear(backbone.dim, classes)
+        self.head = nn.Linear(dim, classes)
         # MAE draws with 2e-5; BEiT with 0.02 and then takes a thousandth of that: the same.
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
@@ -166,7 +207,7 @@ class Classifier(nn.Module):
         """Return class scores [B, C] of normalised images [B, 3, H, W]."""
         features = self.backbone(images)
         read = features.cls[:, 0] if self.read == "cls" else features.dense.mean(1)
-        return self.head(self.fc_norm(read))
+        return self.head(self.projection(self.fc_norm(read)))
 
 
 def _outcome(
@@ -268,7 +309,21 @@ def _resume(model: nn.Module, optimizer: AdamW, saved: Mapping[str, Any] | None)
 
 
 def _classifier(backbone: Backbone, classes: int, config: Config) -> Classifier:
-    """A copy of the backbone, with drop path, under a fresh head."""
+    """A copy of the backbone, with drop path, under a fresh head.
+
+    Raises:
+        UserError: the projection head is to be kept and not known, or blocks are to be tuned and there are
+            none or not so many.
+    """
+    name = backbone.config.name
+    if config.from_head and backbone.projection is None:
+        raise UserError(
+            f"finetune: no projection head is known of this {name}, which recipe=semi starts from; give the "
+            "run or the full training file (not a backbone alone), or take from_head=false"
+        )
+    depth = len(backbone.trunk.blocks) if isinstance(backbone, ViTBackbone) else 0  # pyright: ignore
+    if (config.tuned_blocks or 0) > depth or (config.tuned_blocks is not None and not depth):
+        raise UserError(f"tuned_blocks={config.tuned_blocks}: {name} has {depth} blocks of a ViT")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if isinstance(backbone, ViTBackbone):
@@ -277,7 +332,11 @@ def _classifier(backbone: Backbone, classes: int, config: Config) -> Classifier:
             twin.load_state_dict(backbone.state_dict())
         else:
             twin = copy.deepcopy(backbone)
-        return Classifier(twin, config.read, classes)
+        projection = backbone.projection if config.from_head else None
+        model = Classifier(twin, config.read, classes, projection)
+        if config.tuned_blocks is not None:
+            freeze_all_but(model, config.tuned_blocks)
+        return model
 
 
 def _crops(data: ClassifyData, config: Config) -> TrainingCrops:
@@ -292,6 +351,7 @@ def _crops(data: ClassifyData, config: Config) -> TrainingCrops:
         seed=config.seed,
         workers=config.workers,
         omitted=data.omitted,
+        repeats=config.repeats,
         multiple=2,  # timm's mixup pairs the images of a batch
     )
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from PIL import Image
 
-from dense_ssl.backbones import Backbone, make_backbone
+from dense_ssl.backbones import Backbone, Projection, make_backbone
 from dense_ssl.config import Config, UserError, apply_override, validate
 from dense_ssl.distributed import World, close_world, init_world, rank
 from dense_ssl.evaluation import results
@@ -196,6 +196,10 @@ def _untrained(loaded: Loaded) -> Loaded:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
         backbone = make_backbone(loaded.config).eval()
+        known = loaded.backbone.projection
+        if known is not None:  # for those that train from there on
+            fresh = torch.nn.init.trunc_normal_(torch.empty_like(known.weight), std=0.02)
+            backbone.projection = Projection(fresh, torch.zeros_like(known.bias), known.activation)
     weights = weights_sha256(backbone.trunk.state_dict())
     return Loaded(backbone, f"random:{loaded.config.name}", weights, loaded.config)
 

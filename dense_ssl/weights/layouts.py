@@ -28,6 +28,11 @@ _PREFIXES = ("encoder_q.0.", "encoder_q.", "backbone.backbone.", "backbone.", "m
 _NOT_TRUNK = (
     "fc.", "head.", "masked_embed", "mask_token", "pixel_sere", "channel_sere", "attn.", "norm1.",
 )  # fmt: skip
+# First layers of projection heads: ours, DINO's and its relatives', MoCo-v2's
+_HEADS: dict[str, Literal["gelu", "relu"]] = {
+    "{part}.head.mlp.0.": "gelu", "head.mlp.0.": "gelu", "{part}.global_head.0.": "relu",
+    "encoder_q.fc.0.": "relu",
+}  # fmt: skip
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # (bottleneck blocks, blocks per stage, channels of the first 3x3 convolution: out, in) -> timm name
 _RESNETS: dict[tuple[bool, tuple[int, ...], tuple[int, ...]], str] = {
@@ -68,6 +73,23 @@ def extract_backbone(checkpoint: Mapping[str, Any], part: Part = "student") -> d
         "OpenSelfSup, DenseCL, MaskContrast, torchvision, timm and detectron2 store them, and ViTs as "
         "DINO, iBOT and timm do"
     )
+
+
+def first_projection(
+    checkpoint: Mapping[str, Any], part: Part, dim: int
+) -> tuple[Tensor, Tensor, Literal["gelu", "relu"]] | None:
+    """Return weight, bias and activation of the first layer of a checkpoint's projection head.
+
+    Of this project's files and of the official ones of DINO, iBOT, SERE, UDI and MoCo-v2; None where there
+    is none, or not one for features of width `dim`.
+    """
+    state = tensors(checkpoint, part)
+    for prefix, activation in _HEADS.items():
+        prefix = prefix.format(part=part)
+        weight, bias = state.get(f"{prefix}weight"), state.get(f"{prefix}bias")
+        if weight is not None and bias is not None and weight.ndim == 2 and weight.shape[1] == dim:
+            return weight, bias, activation
+    return None
 
 
 def is_distillation(checkpoint: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PosixPath
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dense_ssl.backbones import Backbone, BackboneConfig, make_backbone
+from dense_ssl.backbones import Backbone, BackboneConfig, Projection, make_backbone
 from dense_ssl.checkpoint import FORMAT, damage_of
 from dense_ssl.config import UserError, validate
 from dense_ssl.log import logger
@@ -34,6 +35,7 @@ from dense_ssl.weights.layouts import (
     Part,
     class_tokens_of,
     extract_backbone,
+    first_projection,
     is_distillation,
     listed,
     published_vit_of,
@@ -75,25 +77,29 @@ def load_backbone(
     kind, separator, name = spec.partition(":")
     if separator and kind == "random":
         config = _config_named(name)
-        trunk = None
+        trunk = projection = None
     elif separator and kind == "timm":
         config = BackboneConfig(name=name)
         make_backbone(config)  # refuses unknown names before anything is fetched
-        trunk = _published(name)
+        trunk, projection = _published(name), None
     else:
         text, _, arch = spec.partition("?arch=")
         path = checkpoint_file(Path(text))
         checkpoint = read_checkpoint(path)
         try:
-            trunk = extract_backbone(checkpoint, exported_part(checkpoint, which))
+            part = exported_part(checkpoint, which)
+            trunk = extract_backbone(checkpoint, part)
             config = backbone_config(checkpoint, trunk, arch)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        projection = partial(first_projection, checkpoint, part)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = make_backbone(config)
     if trunk is not None:
         load_trunk(backbone, trunk, spec)
+    found = projection(backbone.dim) if projection else None
+    backbone.projection = Projection(*found) if found else None
     return Loaded(backbone.eval(), spec, weights_sha256(backbone.trunk.state_dict()), config)
 
 
