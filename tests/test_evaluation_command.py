@@ -16,6 +16,7 @@ from dense_ssl.evaluation.__main__ import main
 from dense_ssl.evaluation.catalogue import data_paths, task_names
 from dense_ssl.evaluation.protocol_settings import departs
 from dense_ssl.evaluation.suite import configs_of, evaluate
+from dense_ssl.weights.fingerprint import weights_sha256
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,26 @@ def test_trained_network_stands_beside_its_random_self(tmp_path):
     assert len(baselines.read_text().splitlines()) == 2  # other settings
     without = evaluate(*run, random=False, device="cpu")
     assert all(result.random_init is None for result in without)
+
+
+def test_equal_weights_read_in_two_ways_share_no_features(tmp_path):
+    """Positions resampled as timm does and as DINO does: two networks of the same tensors."""
+    torch.manual_seed(6)
+    trunk = make_backbone(BackboneConfig(name="test_vit")).trunk.state_dict()
+    trunk["pos_embed"] *= 50  # so that it matters
+    torch.save(trunk, tmp_path / "plain.pth")
+    teacher = {f"backbone.{name}": value for name, value in trunk.items()}
+    torch.save({"student": teacher, "teacher": teacher}, tmp_path / "dino.pth")
+    write_class_folders(tmp_path / "d/train", 2, 3)
+    write_class_folders(tmp_path / "d/val", 2, 3, seed=1)
+    given = str(tmp_path / "d"), ["size=48", "k=1"]
+    for name in ("plain", "dino"):
+        spec = f"{tmp_path / name}.pth?arch=test_vit"
+        (found, _) = evaluate(
+            ["knn"], spec, *given, out=tmp_path / "run", random=False, device="cpu"
+        )
+    assert len(list((tmp_path / "run/features").glob("*.pt"))) == 4  # two splits of each
+    assert found.weights == weights_sha256(trunk)
 
 
 def test_pictures_notes_and_costs_are_kept(tmp_path):

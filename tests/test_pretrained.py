@@ -244,6 +244,17 @@ def test_a_vit_file_needs_its_name(tmp_path):
     assert loaded.sha256 == weights_sha256(state)
 
 
+def test_a_resnet_with_a_deep_stem_is_read_by_its_name(tmp_path):
+    state = load_backbone("random:test_resnet").backbone.trunk.state_dict()
+    torch.save(state, tmp_path / "deep.pth")
+    loaded = load_backbone(f"{tmp_path}/deep.pth?arch=test_resnet")
+    assert loaded.sha256 == weights_sha256(state)
+    with pytest.raises(UserError, match=r"tensors of resnet18 fit"):
+        load_backbone(f"{tmp_path}/deep.pth?arch=resnet18")
+    with pytest.raises(UserError, match=r"write FILE\?arch=NAME"):
+        load_backbone(f"{tmp_path}/deep.pth")
+
+
 def test_what_is_not_there_gives_one_sentence(tmp_path, monkeypatch):
     for spec, words in {
         str(tmp_path): "no checkpoints/last.pt",

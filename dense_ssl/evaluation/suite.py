@@ -120,14 +120,14 @@ def _evaluate(
     questions: Mapping[str, str],
 ) -> list[Result]:
     _place(loaded.backbone, where)
-    untrained = _untrained(loaded).backbone if random and not _is_random(loaded.name) else None
+    untrained = _untrained(loaded) if random and not _is_random(loaded.name) else None
     if untrained is not None:
-        _place(untrained, where)
+        _place(untrained.backbone, where)
     collected: list[Result] = []
     for name in tasks:
         protocol, config, path = protocol_of(name), configs[name], paths[name]
         content = protocol.load(path, config)
-        cache = FeatureCache(out / "features", loaded.sha256) if out else None
+        cache = FeatureCache(out / "features", network_key(loaded)) if out else None
         started = time.perf_counter()
         values = protocol.run(loaded.backbone, content, config, cache)
         seconds = time.perf_counter() - started
@@ -204,22 +204,28 @@ def _untrained(loaded: Loaded) -> Loaded:
     return Loaded(backbone, f"random:{loaded.config.name}", weights, loaded.config)
 
 
+def network_key(loaded: Loaded) -> str:
+    """Return what tells a network's features from others': equal weights may be read in different ways."""
+    return content_key(loaded.sha256, loaded.config.model_dump_json())
+
+
 def _is_random(checkpoint: str) -> bool:
     return checkpoint.startswith("random:")
 
 
 def _baseline(
-    task: str, untrained: Backbone, content: Data, config: Config, out: Path | None
+    task: str, untrained: Loaded, content: Data, config: Config, out: Path | None
 ) -> dict[str, float]:
     """Metrics of the untrained network, from the run's folder if they are there."""
     settings = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    weights = weights_sha256(untrained.trunk.state_dict())
-    key = content_key(content.protocol, content.content, settings, weights)
+    weights = untrained.sha256
+    network = network_key(untrained)
+    key = content_key(content.protocol, content.content, settings, network)
     stored = results.stored_baseline(out, key) if out else None
     if stored is not None:
         return stored
-    cache = FeatureCache(out / "features", weights) if out and TASKS[task].resumes else None
-    values = protocol_of(task).run(untrained, content, config, cache)
+    cache = FeatureCache(out / "features", network) if out and TASKS[task].resumes else None
+    values = protocol_of(task).run(untrained.backbone, content, config, cache)
     if out and rank() == 0:
         record = {"key": key, "protocol": content.protocol, "weights": weights, "values": values}
         results.append(out / results.BASELINES, [record])

@@ -66,6 +66,8 @@ def extract_backbone(checkpoint: Mapping[str, Any], part: Part = "student") -> d
     trunk = {name: value for name, value in found.items() if not name.startswith(_NOT_TRUNK)}
     if "conv1.weight" in trunk:
         return _complete_resnet(trunk)
+    if "conv1.0.weight" in trunk:  # a ResNet with a deep stem, which only timm's names can have
+        return trunk
     if own or "patch_embed.proj.weight" in trunk:
         return _with_one_cls_token(trunk)
     raise UserError(

@@ -139,9 +139,7 @@ def backbone_config(
         name = published_vit_of(trunk)
         return BackboneConfig(name=name, positions=positions, class_tokens=tokens)
     if "conv1.weight" not in trunk:
-        raise UserError(
-            "a ViT's tensors do not tell its name; write FILE?arch=NAME with timm's name"
-        )
+        raise UserError("its tensors do not tell its name; write FILE?arch=NAME with timm's name")
     return BackboneConfig(name=resnet_of(trunk))
 
 
