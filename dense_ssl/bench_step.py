@@ -1,8 +1,9 @@
 """`make bench-step METHOD=ibot`: one training step beside the published sequence of operations.
 
 Same weights, same batch, same process, taking turns: forward and backward of the loss as the method makes
-it and as `published` does. Times are medians; memory is the most that was allocated above weights and
-batch, counted by torch's allocator. The two losses are printed: they are the same number.
+it and as `published` does. Times are medians, on a CPU of what all threads together took, so that other work
+on the machine counts little; memory is the most that was allocated above weights and batch, counted by
+torch's allocator. The two losses are printed: they are the same number.
 """
 
 import argparse
@@ -73,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(described(config, args.batch, args.device) + "\n" + table(rows) + "\n")
+    unit = "s a step" if torch.device(args.device).type == "cuda" else "CPU s"
+    sys.stdout.write(described(config, args.batch, args.device) + "\n" + table(rows, unit) + "\n")
     return 0
 
 
@@ -131,13 +133,15 @@ def random_batch(config: MethodConfig, images: int, device: torch.device) -> Mul
 
 
 def timed(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Return the seconds one run takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Return the seconds one run takes: on CUDA by the wall clock, else of all threads together."""
+    if device.type != "cuda":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
     start = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -152,12 +156,10 @@ def described(config: RunConfig, images: int, device: str) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows as text, with their ratios to the first."""
+def table(rows: Sequence[Row], unit: str) -> str:
+    """Return the rows as text, with their ratios to the first; `unit` heads the times."""
     first = rows[0]
-    lines = [
-        f"{'':10} {'s a step':>9} {'min-max':>14} {'x':>5} {'peak MB':>9} {'x':>5}  {'loss':>9}"
-    ]
+    lines = [f"{'':10} {unit:>9} {'min-max':>14} {'x':>5} {'peak MB':>9} {'x':>5}  {'loss':>9}"]
     for row in rows:
         seconds = median(row.seconds)
         span = f"{min(row.seconds):.3f}-{max(row.seconds):.3f}"

@@ -57,7 +57,7 @@ def validate(model: type[ConfigT], data: Mapping[str, Any], origin: str) -> Conf
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(model, problem) for problem in error.errors()]
+        lines = [_explain(model, problem, data) for problem in error.errors()]
         raise UserError(f"{origin}: " + "; ".join(lines)) from None
 
 
@@ -104,10 +104,11 @@ def _position(node: list[Any], part: str, key: str) -> int:
     return int(part)
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:
+def _explain(model: type[BaseModel], problem: Any, data: Any) -> str:
     location = [
         part for part in problem["loc"] if not str(part).startswith(("function-", "tagged-"))
     ]
+    location = _as_typed(location, data)
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         near = _nearest(model, location)
@@ -119,6 +120,20 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         return message
     shown = repr(problem["input"])
     return f"{key}: {message}" + (f" (got {shown})" if len(shown) <= 60 else "")
+
+
+def _as_typed(location: list[Any], data: Any) -> list[Any]:
+    """Return the keys that were typed: of a union's members, pydantic puts their names in between."""
+    typed, node = [], data
+    for part in location:
+        if isinstance(node, Mapping):
+            if part not in node and part in (node.get("name"), node.get("kind")):
+                continue
+            node = node.get(part)
+        elif isinstance(node, list | tuple) and isinstance(part, int):
+            node = node[part]
+        typed.append(part)
+    return typed
 
 
 def _nearest(model: type[BaseModel], location: list[Any]) -> str | None:

@@ -1,6 +1,7 @@
 """A run's configuration: what a recipe in `configs/` says, and where recipes are found."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,7 +73,9 @@ def recipe_path(name: str) -> Path:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
-        raise UserError(f"METHOD={name}: no such recipe in configs/; there are {', '.join(known)}")
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}? There" if close else "there"
+        raise UserError(f"METHOD={name}: no such recipe in configs/; {hint} are {', '.join(known)}")
     return path
 
 

@@ -41,7 +41,11 @@ def test_every_recipe_says_command_hardware_and_result(path):
         ),
         ("train.precision=half", "train.precision: Input should be 'bf16', 'fp16' or 'fp32'"),
         ("method.name=dino9", "method: Input tag 'dino9'"),
-        ("method.views.0.size=big", "method.densecl.views.0.size: Input should be a valid integer"),
+        (
+            "method.temprature=1",
+            ": method.temprature: unknown key; did you mean method.temperature?",
+        ),
+        ("method.views.0.size=big", ": method.views.0.size: Input should be a valid integer"),
         ("method.views.7.size=8", "'7' is not a position in a list of 1"),
         ("optim.lr", "write it as key.sub=value"),
     ],
@@ -68,6 +72,10 @@ def test_missing_keys_and_files_are_named(tmp_path):
         UserError, match=r"METHOD=nope: no such recipe in configs/; there are .*densecl"
     ):
         recipe_path("nope")
+    with pytest.raises(
+        UserError, match=r"no such recipe in configs/; did you mean udi\? There are .*densecl"
+    ):
+        recipe_path("udii")
 
 
 def test_overrides_read_yaml_and_build_missing_sections():
