@@ -42,8 +42,8 @@ def test_every_recipe_says_command_hardware_and_result(path):
         ("train.precision=half", "train.precision: Input should be 'bf16', 'fp16' or 'fp32'"),
         ("method.name=dino9", "method: Input tag 'dino9'"),
         (
-            "method.temprature=1",
-            ": method.temprature: unknown key; did you mean method.temperature?",
+            "method.momentumm=1",
+            ": method.momentumm: unknown key; did you mean method.momentum?",
         ),
         ("method.views.0.size=big", ": method.views.0.size: Input should be a valid integer"),
         ("method.views.7.size=8", "'7' is not a position in a list of 1"),
