@@ -24,7 +24,7 @@ APT = ["libopencv-core-dev", "libopencv-imgproc-dev", "libturbojpeg0-dev", "pkg-
 def main() -> int:
     """Install what is missing; return 0, or 2 with one sentence on what the user must do."""
     parser = argparse.ArgumentParser(description="Install the pinned environment.")
-    parser.add_argument("--minimal", action="store_true", help="leave DALI and FFCV out")
+    parser.add_argument("--minimal", action="store_true", help="leave DALI, FFCV and ONNX out")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     args = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036  (any Python may be the system's)
@@ -42,16 +42,16 @@ def main() -> int:
             return _refuse(
                 "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"
             )
-    extras = ".[dev]" if args.minimal else ".[dali,dev]"
+    extras = ".[dev]" if args.minimal else ".[dali,onnx,dev]"
     _say(
         "installing torch, timm, kornia, triton, numba"
-        + ("" if args.minimal else ", DALI")
+        + ("" if args.minimal else ", DALI, ONNX")
         + " ..."
     )
     if _pip(python, "-e", extras) != 0:
         return _refuse("pip could not install the pinned packages (its message is above); "
                        "check the network and free disk space (8 GB), then run make setup again")  # fmt: skip
-    note = "minimal: no DALI, no FFCV"
+    note = "minimal: no DALI, no FFCV, no ONNX"
     if not args.minimal:
         problem = _install_ffcv(python, args.venv)
         note = f"no FFCV: {problem}" if problem else "complete"

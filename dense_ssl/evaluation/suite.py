@@ -97,7 +97,7 @@ def evaluate(
     configs = configs_of(tasks, overrides)
     _require_modules(tasks)
     loaded = load_backbone(checkpoint)
-    if out is None and Path(checkpoint).is_dir():
+    if out is None and (Path(checkpoint) / "checkpoints").is_dir():
         out = Path(checkpoint)
     world = _world(device, tasks)
     try:

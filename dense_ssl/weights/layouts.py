@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dense_ssl.checkpoint import FORMAT
 from dense_ssl.config import UserError
+from dense_ssl.weights.transformers_names import from_transformers, is_transformers
 
 Part = Literal["student", "teacher"]
 
@@ -61,6 +62,8 @@ def extract_backbone(checkpoint: Mapping[str, Any], part: Part = "student") -> d
     state = tensors(checkpoint, part)
     own = select(state, f"{part}.backbone.trunk.")
     found = own or next(filter(None, (select(state, prefix) for prefix in _PREFIXES)), state)
+    if is_transformers(found):
+        found = from_transformers(found)
     if "stem.conv1.weight" in found:
         found = {from_detectron2_name(name): value for name, value in found.items()}
     trunk = {name: value for name, value in found.items() if not name.startswith(_NOT_TRUNK)}
@@ -72,8 +75,8 @@ def extract_backbone(checkpoint: Mapping[str, Any], part: Part = "student") -> d
         return _with_one_cls_token(trunk)
     raise UserError(
         f"no backbone among its {len(state)} tensors ({listed(state)}); known are ResNets as MoCo, "
-        "OpenSelfSup, DenseCL, MaskContrast, torchvision, timm and detectron2 store them, and ViTs as "
-        "DINO, iBOT and timm do"
+        "OpenSelfSup, DenseCL, MaskContrast, torchvision, timm, transformers and detectron2 store them, and "
+        "ViTs as DINO, iBOT, timm and our export to transformers do"
     )
 
 

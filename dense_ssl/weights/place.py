@@ -1,17 +1,21 @@
-"""Where the checkpoint is that a run's folder or a file's name means."""
+"""Where the checkpoint is that a run's folder, one for Hugging Face's hub, or a file's name means."""
 
 from pathlib import Path
 
 from dense_ssl.config import UserError
 
+HUB_WEIGHTS = "model.safetensors"  # as timm and transformers call them in a folder
+
 
 def checkpoint_file(path: Path) -> Path:
-    """Return the checkpoint file of a run folder, or `path` itself where it is a file.
+    """Return the checkpoint file of a run or hub folder, or `path` itself where it is a file.
 
     Raises:
         UserError: there is neither.
     """
     if path.is_dir():
+        if (path / "config.json").is_file() and (path / HUB_WEIGHTS).is_file():
+            return path / HUB_WEIGHTS
         last = path / "checkpoints" / "last.pt"
         if not last.is_file():
             raise UserError(

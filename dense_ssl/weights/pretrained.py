@@ -3,7 +3,9 @@
 | spec                        | backbone                                                                 |
 |-----------------------------|--------------------------------------------------------------------------|
 | runs/a                      | of the run's `checkpoints/last.pt`, the network its method exports       |
-| FILE                        | a checkpoint of ours, official MoCo / OpenSelfSup / DenseCL / MaskContrast / DINO / iBOT / SERE / UDI, torchvision, detectron2; .pt .pth .pth.tar .safetensors .pkl |
+| FILE                        | a checkpoint of ours, official MoCo / OpenSelfSup / DenseCL / MaskContrast / DINO / iBOT / SERE / UDI, torchvision, transformers, detectron2; .pt .pth .pth.tar .safetensors .pkl |
+| FOLDER                      | one for Hugging Face's hub, as `export` writes it: model.safetensors and config.json |
+| FILE.onnx                   | our ONNX export, run by onnxruntime: for what asks for cells and class tokens only |
 | FILE?arch=NAME              | the same, where NAME (timm's) cannot be read from the tensors: ViTs alone |
 | timm:NAME                   | timm's published weights                                                 |
 | random:NAME, random:runs/a  | the same network at random initialisation                                |
@@ -25,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dense_ssl.backbones import Backbone, BackboneConfig, Projection, make_backbone
-from dense_ssl.checkpoint import FORMAT, damage_of
+from dense_ssl.checkpoint import FORMAT, damage_of, file_sha256
 from dense_ssl.config import UserError, validate
 from dense_ssl.log import logger
 from dense_ssl.methods import METHODS, Method
@@ -44,6 +46,7 @@ from dense_ssl.weights.layouts import (
 )
 from dense_ssl.weights.official import from_official
 from dense_ssl.weights.place import checkpoint_file
+from dense_ssl.weights.told import told_beside
 
 _HARMLESS = [  # plain data that official checkpoints hold beside tensors
     argparse.Namespace,
@@ -85,11 +88,13 @@ def load_backbone(
     else:
         text, _, arch = spec.partition("?arch=")
         path = checkpoint_file(Path(text))
+        if path.suffix == ".onnx":
+            return _of_onnx(path)
         checkpoint = read_checkpoint(path)
         try:
             part = exported_part(checkpoint, which)
             trunk = extract_backbone(checkpoint, part)
-            config = backbone_config(checkpoint, trunk, arch)
+            config = backbone_config(checkpoint, trunk, arch, told_beside(path))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         projection = partial(first_projection, checkpoint, part)
@@ -123,14 +128,21 @@ def method_name(checkpoint: Mapping[str, Any]) -> str:
 
 
 def backbone_config(
-    checkpoint: Mapping[str, Any], trunk: Mapping[str, Tensor], arch: str = ""
+    checkpoint: Mapping[str, Any],
+    trunk: Mapping[str, Tensor],
+    arch: str = "",
+    told: Mapping[str, str] | None = None,
 ) -> BackboneConfig:
-    """Return the configuration of the network whose trunk this is: stored, named, or from shapes."""
+    """Return the configuration of the network whose trunk this is: named, stored, told, or from shapes."""
     distilled = is_distillation(checkpoint)
-    positions = "dino" if distilled else "timm"  # as its code resamples them
+    told = told or {}
+    # As its code resamples them; exports of ours say it.
+    positions: Any = told.get("positions") or ("dino" if distilled else "timm")
     tokens = class_tokens_of(trunk)
+    arch = arch or told.get("arch", "")
     if arch:
-        return BackboneConfig(name=arch, positions=positions, class_tokens=tokens)
+        given = {"name": arch, "positions": positions, "class_tokens": tokens}
+        return validate(BackboneConfig, given, "method.backbone")
     if checkpoint.get("format") == FORMAT:
         return validate(
             BackboneConfig, checkpoint["config"]["method"]["backbone"], "method.backbone"
@@ -141,6 +153,14 @@ def backbone_config(
     if "conv1.weight" not in trunk:
         raise UserError("its tensors do not tell its name; write FILE?arch=NAME with timm's name")
     return BackboneConfig(name=resnet_of(trunk))
+
+
+def _of_onnx(path: Path) -> Loaded:
+    """Return the network of an ONNX file of ours."""
+    from dense_ssl.weights.onnx_backbone import OnnxBackbone  # onnxruntime is an extra
+
+    backbone = OnnxBackbone(path)
+    return Loaded(backbone.eval(), str(path), file_sha256(path), backbone.config)
 
 
 def load_trunk(backbone: Backbone, trunk: Mapping[str, Tensor], origin: str) -> None:
@@ -214,7 +234,7 @@ def _config_named(name: str) -> BackboneConfig:
     checkpoint = read_checkpoint(path)
     try:
         trunk = extract_backbone(checkpoint)
-        return backbone_config(checkpoint, trunk)
+        return backbone_config(checkpoint, trunk, told=told_beside(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
