@@ -1,8 +1,8 @@
-"""Several ranks on this machine by torchrun's own agent, with exit codes a scheduler can use.
+"""Several ranks, on one or several machines, by torchrun's own agent, with exit codes a scheduler can use.
 
 torchrun's command exits with 1 whatever its ranks say; here the first rank's code is passed on, so that
-75 (stopped by a signal, everything saved) and 2 (wrong input) arrive. On several machines call torchrun
-itself: `torchrun --nnodes=2 --nproc-per-node=8 --rdzv-... -m dense_ssl.pretrain ...`.
+75 (stopped by a signal, everything saved) and 2 (wrong input) arrive. `torchrun -m dense_ssl.pretrain ...`
+starts the same ranks, without that.
 """
 
 import logging
@@ -17,18 +17,21 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 STOPPED = 75
 
 
-def launch_ranks(ranks: int, argv: list[str]) -> int:
-    """Run `python -m dense_ssl.pretrain ARGV` on `ranks` ranks; return the exit code for all."""
+def launch_ranks(ranks: int, argv: list[str], nodes: int = 1, rendezvous: str | None = None) -> int:
+    """Run `python -m dense_ssl.pretrain ARGV` on `ranks` ranks here; return the exit code for all.
+
+    With `nodes` > 1 every machine runs this; they find one another at `rendezvous`, HOST:PORT of the first.
+    """
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes,
+        max_nodes=nodes,
         nproc_per_node=ranks,
         run_id="pretrain",
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=rendezvous or "localhost:0",
         max_restarts=0,
     )
     root = Path(__file__).resolve().parent.parent

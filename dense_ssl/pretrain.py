@@ -63,12 +63,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe", help="a name in configs/ (densecl, demo/moco) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=0.1")
     parser.add_argument("--gpus", type=int, default=1, help="ranks on this machine (default 1)")
+    parser.add_argument("--nodes", type=int, default=1, help="machines, each running this command")
+    parser.add_argument(
+        "--rendezvous", metavar="HOST:PORT", help="of several machines: the first one"
+    )
     args = parser.parse_intermixed_args(argv)
     setup_logging(int(os.environ.get("RANK", "0")))
     try:
         config = load(RunConfig, recipe_path(args.recipe), args.overrides)
-        if args.gpus > 1 and "RANK" not in os.environ:
-            return launch_ranks(args.gpus, [args.recipe, *args.overrides])
+        if args.nodes > 1 and args.rendezvous is None:
+            raise UserError(
+                "--nodes: several machines need --rendezvous HOST:PORT of the first one"
+            )
+        if args.gpus * args.nodes > 1 and "RANK" not in os.environ:
+            given = [args.recipe, *args.overrides]
+            return launch_ranks(args.gpus, given, args.nodes, args.rendezvous)
         return train(config)
     except (UserError, DataError, launch.ChoiceError) as error:
         return _refuse(str(error))

@@ -189,8 +189,8 @@ def test_a_vit_goes_to_no_layout_of_resnets(tmp_path):
     assert [file.path.name for file in files] == ["backbone_timm.pth", "backbone_timm.safetensors"]
     for target, words in {
         "torchvision": "no vit_tiny_patch16_224",
-        "detectron2": "ResNets only",
-        "official": "ResNets only",
+        "detectron2": "plain ResNets only",
+        "official": "plain ResNets only",
     }.items():
         with pytest.raises(UserError, match=words):
             export(str(run), [target], tmp_path / "out")

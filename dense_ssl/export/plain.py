@@ -7,6 +7,7 @@ import timm
 import torchvision
 from safetensors.torch import save
 
+from dense_ssl.config import UserError
 from dense_ssl.export.source import (
     Checked,
     Differs,
@@ -72,8 +73,12 @@ def _check_torchvision(path: Path, source: Source) -> Checked:
 def only_resnets(source: Source) -> str | None:
     """Return why a layout of ResNets cannot hold this network, or None."""
     if source.is_resnet:
-        return None
-    return f"that layout holds ResNets only, and this is {source.arch}; take timm"
+        try:
+            extract_backbone(source.trunk)
+            return None
+        except UserError:  # another stem, or other shortcuts
+            pass
+    return f"that layout holds plain ResNets only, and this is {source.arch}; take timm"
 
 
 def _detectron2_drafts(source: Source) -> list[Draft]:

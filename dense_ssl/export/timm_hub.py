@@ -47,7 +47,7 @@ def _config(source: Source) -> dict[str, Any]:
     if source.is_resnet:
         side = 224
     else:
-        options["dynamic_img_size"] = True
+        options |= {"img_size": side, "dynamic_img_size": True}
     about = trunk.pretrained_cfg
     return {
         "architecture": source.arch,
@@ -59,7 +59,7 @@ def _config(source: Source) -> dict[str, Any]:
         | {
             "tag": source.method or "self-supervised",
             "input_size": [3, side, side],
-            "fixed_input_size": bool(about.get("fixed_input_size")),  # positions for `input_size`
+            "fixed_input_size": False,
             "pool_size": about.get("pool_size") if source.is_resnet else None,
             "crop_pct": 0.875,
             "num_classes": 0,

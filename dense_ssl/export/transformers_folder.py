@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-from dense_ssl.config import UserError
 from dense_ssl.export.card import model_card
+from dense_ssl.export.plain import only_resnets
 from dense_ssl.export.source import (
     MEAN,
     STD,
@@ -37,7 +37,6 @@ from dense_ssl.export.source import (
 from dense_ssl.export.target import Draft, Target, write
 from dense_ssl.weights.fewer_tokens import timm_options
 from dense_ssl.weights.fingerprint import weights_sha256
-from dense_ssl.weights.layouts import extract_backbone
 from dense_ssl.weights.transformers_names import from_transformers, to_transformers
 
 NAME = "transformers"
@@ -61,9 +60,7 @@ def _obstacle(source: Source) -> str | None:
         mlp = trunk.blocks[0].mlp
         exact = isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none"
         return None if fits and exact and mlp.fc1.out_features % trunk.embed_dim == 0 else other
-    try:
-        extract_backbone(source.trunk)
-    except UserError:
+    if only_resnets(source) is not None:
         return other
     bottleneck = "layer1.0.conv3.weight" in source.trunk
     convolution = source.trunk["layer1.0.conv2.weight"]

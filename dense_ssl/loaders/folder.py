@@ -147,7 +147,10 @@ def _collate(images: list[list[Tensor] | str]) -> list[list[Tensor] | str]:
 
 
 def end_with(trainer: int, _: int) -> None:
-    """End this worker when the process `trainer` ends, SIGKILL included.
+    """End this worker when the process `trainer` ends, SIGKILL included, and on no other's account.
+
+    Schedulers and launchers send a signal to a whole process group. It is the trainer that acts on it: a
+    worker that it ends would end the step, too.
 
     torch watches a worker's parent, which here is the fork server: it lives as long as its workers,
     and the workers of a killed run would wait for ever, with whatever pipes they inherited.
@@ -160,6 +163,7 @@ def end_with(trainer: int, _: int) -> None:
             ended.poll()
         os._exit(1)
 
+    os.setpgid(0, 0)
     threading.Thread(target=watch, name="end with the trainer", daemon=True).start()
 
 

@@ -75,8 +75,14 @@ class OnnxBackbone(Backbone):
         return side // round(cells.shape[1] ** 0.5)
 
 
+class _NoLayers(UserError, AttributeError):
+    """A layer is asked for; `hasattr` may still ask whether there is one."""
+
+
 class _NoTrunk(nn.Module):
     """What stands where layers would be: says so when one is asked for."""
+
+    name = ""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -87,7 +93,7 @@ class _NoTrunk(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            raise UserError(
+            raise _NoLayers(
                 f"{self.name}: an ONNX file gives cells and class tokens only, and this asks for its "
                 f"layers ({name}); evaluate the run it was exported from"
             ) from None
