@@ -14,7 +14,6 @@ RUN    ?=
 RUNS   ?=
 GPUS   ?=
 KIND   ?= crops
-SEED   ?= 0
 KERNEL ?=
 JOBS   ?= auto
 
@@ -23,7 +22,7 @@ JOBS   ?= auto
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  README.md has the two commands to start with; docs/ the rest."
+	@echo "  docs/first-hour.md goes through them; docs/README.md lists all pages."
 
 setup: ## the environment, once: venv, pinned packages, FFCV's libraries   [SETUP=minimal PYTHON=python3.12]
 	@$(PYTHON) dense_ssl/install.py --venv $(VENV) $(if $(filter minimal,$(SETUP)),--minimal)
@@ -37,13 +36,13 @@ verify: setup ## re-check a shard set against its manifest   DATA=shards/coco
 preview: setup ## what a method will see of some data, before any training   METHOD=densecl DATA=shards/coco [OUT=preview.html ARGS="--images 8"]
 	@$(PY) -m dense_ssl.preview $(METHOD) --data "$(DATA)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-pretrain: setup ## pre-train, or resume the same RUN   METHOD=densecl [DATA= RUN= GPUS= EVAL=knn,linear EVAL_DATA= ARGS="optim.lr=0.3 train.epochs=800"]
-	@$(PY) -m dense_ssl.start $(METHOD) $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(if $(GPUS),--gpus $(GPUS)) $(if $(EVAL),--eval $(EVAL)) $(if $(EVAL_DATA),--eval-data "$(EVAL_DATA)") $(if $(EVAL_ARGS),--eval-args "$(EVAL_ARGS)") $(ARGS)
+pretrain: setup ## pre-train, or resume the same RUN   METHOD=densecl [DATA= RUN= GPUS= SCENES=2000 EVAL=knn,linear EVAL_DATA= EVAL_ARGS= ARGS="optim.lr=0.3"]
+	@$(PY) -m dense_ssl.start $(METHOD) $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(if $(GPUS),--gpus $(GPUS)) $(if $(SCENES),--scenes $(SCENES)) $(if $(EVAL),--eval $(EVAL)) $(if $(EVAL_DATA),--eval-data "$(EVAL_DATA)") $(if $(EVAL_ARGS),--eval-args "$(EVAL_ARGS)") $(ARGS)
 
 eval: setup ## evaluate a run, a checkpoint or timm:NAME   RUN=runs/a DATA= [TASKS=knn,segment ARGS=]
 	@$(PY) -m dense_ssl.evaluation $(TASKS) --checkpoint "$(RUN)" --data "$(DATA)" $(ARGS)
 
-export: setup ## backbone weights for other libraries   RUN=runs/a [TO=timm,torchvision,detectron2,official OUT=]
+export: setup ## backbone weights for other libraries   RUN=runs/a [TO=timm,torchvision,detectron2,huggingface,onnx,official|all OUT=]
 	@$(PY) -m dense_ssl.export --run "$(RUN)" --to $(TO) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 visualise: setup ## a picture of what the run sees   RUN=runs/a [KIND=crops|masks|correspondence|attention|pca|neighbours|places OUT=]

@@ -22,10 +22,11 @@ def main(argv: list[str]) -> int:
         description="Pre-train on your data, or on rendered scenes.",
     )
     parser.add_argument("method", help="a recipe in configs/: densecl, moco, demo/densecl, ...")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=0.1")
     parser.add_argument("--data", help="a shard set, or a folder of images with data.loader=folder")
     parser.add_argument("--run", type=Path, help="the run's folder (default runs/METHOD)")
     parser.add_argument("--gpus", type=int, help="ranks (default: all CUDA GPUs, else one)")
+    parser.add_argument("--scenes", type=int, help="without --data: how many to render (2000)")
     parser.add_argument("--eval", metavar="TASK[,TASK]", help="evaluate the run when it is done")
     parser.add_argument(
         "--eval-data", help="of the evaluation: a folder, or knn=FOLDER,... (--data)"

@@ -43,7 +43,7 @@ def go(args: argparse.Namespace) -> int:
     if args.data is None:
         tasks = args.eval or "segment,knn"
         evaluation = [tasks, args.eval_data or "", *shlex.split(args.eval_args)]
-        return demo(args.method, args.run, ranks, args.overrides, evaluation)
+        return demo(args.method, args.run, ranks, args.overrides, evaluation, args.scenes or SCENES)
     run = args.run or Path("runs") / args.method.replace("/", "-")
     settings = shlex.split(args.eval_args)
     where = args.eval_data or args.data
@@ -81,7 +81,12 @@ def check_evaluation(tasks: str, data: str, settings: list[str]) -> None:
 
 
 def demo(
-    method: str, run: Path | None, ranks: int, overrides: list[str], evaluation: list[str]
+    method: str,
+    run: Path | None,
+    ranks: int,
+    overrides: list[str],
+    evaluation: list[str],
+    scenes: int = SCENES,
 ) -> int:
     """Go the whole way from rendered scenes to a report.
 
@@ -100,13 +105,13 @@ def demo(
     run = run or Path("runs") / recipe.replace("/", "-")
     loader = available_loader()
     say(
-        f"no DATA given: {SCENES} rendered scenes, recipe configs/{recipe}.yaml, loader {loader}.\n"
+        f"no DATA given: {scenes} rendered scenes, recipe configs/{recipe}.yaml, loader {loader}.\n"
         f"{other_recipe(method, recipe)}"
     )
     trained = ["--checkpoint", str(run), "--data", data or str(SOURCE)]
     stages = [
         ("dataprep", "scenes", "--src", str(SOURCE), "--out", str(SHARDS), "--split", "train2017",
-         "--format", "both", "--count", str(SCENES)),
+         "--format", "both", "--count", str(scenes)),
         ("dense_ssl.pretrain", recipe, f"data.path={SHARDS}", f"data.loader={loader}", f"run.dir={run}",
          *overrides, "--gpus", str(ranks)),
         ("dense_ssl.evaluation", tasks, *trained, "--out", str(run), *settings),
