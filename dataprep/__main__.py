@@ -92,7 +92,10 @@ def _say(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dataprep", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dataprep",
+        description="Convert images to shards, or verify a set of shards.",
+    )
     commands = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET | verify")
     processors = len(os.sched_getaffinity(0))
     about = {

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with args.out.open("a") as out:
                 rounds = _measure(args, files, facts, out)
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"error: {error}\n")
         return 2
     for recipe in args.recipes:
         _say(table(recipe, [r for r in rounds if r["recipe"] == recipe]))
@@ -151,7 +151,10 @@ class _Row:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dense_ssl.bench_data", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dense_ssl.bench_data",
+        description="How many images a second every loader makes ready, beside the peers.",
+    )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--data", type=Path, required=True, help="shard set or folder of images")
     parser.add_argument(
@@ -165,7 +168,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", default="", help="arms whose title contains this")
     parser.add_argument("--device", default="cpu", help="where DALI decodes: cpu, cuda")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench-data.jsonl"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench-data.jsonl"),
+        help="results (runs/bench-data.jsonl)",
+    )
     return parser.parse_args(argv)
 
 

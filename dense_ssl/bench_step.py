@@ -49,9 +49,10 @@ def main(argv: Sequence[str]) -> int:
         description="A training step beside the published sequence of operations.",
     )
     parser.add_argument("method", help="a recipe in configs/: ibot, demo/ibot, ...")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=0.1")
     parser.add_argument("--batch", type=int, default=8, help="images (default %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=where, help="cuda, cpu (cuda where there is one)")
     args = parser.parse_intermixed_args(argv)
     try:
         unused = ("data.path=none", "run.dir=none")

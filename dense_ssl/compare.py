@@ -238,7 +238,9 @@ def main(argv: Sequence[str]) -> int:
         type=Path,
         help="a run, or a file of curves, that is right (default: the recipe's)",
     )
-    parser.add_argument("--out", type=Path, default=Path("compare.html"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare.html"), help="the page (compare.html)"
+    )
     args = parser.parse_args(argv)
     paths = [Path(name) for name in args.runs.split(",") if name]
     try:

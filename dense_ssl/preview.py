@@ -183,10 +183,12 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m dense_ssl.preview", description="Show what a method will see of some data."
     )
     parser.add_argument("recipe", help="a recipe in configs/: densecl, demo/ibot, ...")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=0.1")
     parser.add_argument("--data", required=True, help="a shard set or a folder of images")
     parser.add_argument("--images", type=int, default=4, help="how many (default 4)")
-    parser.add_argument("--out", type=Path, default=Path("preview.html"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("preview.html"), help="the page (preview.html)"
+    )
     args = parser.parse_intermixed_args(argv)
     try:
         overrides = (f"data.path={args.data}", *args.overrides)

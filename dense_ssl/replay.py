@@ -73,9 +73,13 @@ class Replay:
 
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, repeat and print; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dense_ssl.replay", description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        prog="python -m dense_ssl.replay",
+        description="Repeat a refused step and show where it stops being finite.",
+    )
+    parser.add_argument("bundle", type=Path, help="a file in RUN/incidents/")
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=where, help="cuda, cpu (cuda where there is one)")
     parser.add_argument("--layers", type=int, default=12, help="how many to show (default 12)")
     args = parser.parse_args(argv)
     try:

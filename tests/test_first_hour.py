@@ -1,4 +1,4 @@
-"""docs/first-hour.md, run from top to bottom: every block, in order, with the small settings that it names."""
+"""docs/first-hour.md, run from top to bottom: every block in order, with the small settings it names."""
 
 import os
 import re

@@ -25,7 +25,10 @@ LIBRARIES = {"ffcv": "ffcv", "dali": "nvidia"}
 
 def main(argv: Sequence[str]) -> int:
     """Try the faults, print a line for each; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dense_ssl.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dense_ssl.chaos",
+        description="Try the faults of a run one by one. Exit codes: 0 nothing was lost, 1 something was.",
+    )
     parser.add_argument("--only", default="", help="e.g. nan-loss,sigterm/mid-epoch/dali")
     parser.add_argument("--loaders", default=",".join(LOADERS), help="default: all that are here")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a command (300)")

@@ -28,12 +28,13 @@ def main(argv: Sequence[str]) -> int:
         description="What this machine has, whether it works, and what a run would need of it.",
     )
     parser.add_argument("recipe", nargs="?", help="also forecast a run of this recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=0.1")
     parser.add_argument("--data", help="a shard set: its loader is timed as well")
     parser.add_argument(
         "--run", type=Path, default=Path("runs"), help="where runs go (default runs)"
     )
-    parser.add_argument("--gpus", type=int, default=max(torch.cuda.device_count(), 1))
+    ranks = max(torch.cuda.device_count(), 1)
+    parser.add_argument("--gpus", type=int, default=ranks, help="ranks (all CUDA GPUs, else one)")
     args = parser.parse_intermixed_args(argv)
     logging.getLogger("dense_ssl").setLevel(
         logging.ERROR

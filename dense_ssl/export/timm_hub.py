@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 from safetensors.torch import save
+from timm.data.config import resolve_model_data_config
 
 from dense_ssl.export.card import IMAGENET_PROCESSING, model_card
 from dense_ssl.export.source import Checked, Differs, Source, at_other_size, compare, described
@@ -71,7 +72,7 @@ def _config(source: Source) -> dict[str, Any]:
 
 def _check(path: Path, source: Source) -> Checked:
     model: Any = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
-    processing = timm.data.resolve_model_data_config(model)
+    processing = resolve_model_data_config(model)
     told = [list(processing["mean"]), list(processing["std"])]
     if told != [IMAGENET_PROCESSING["mean"], IMAGENET_PROCESSING["std"]]:
         raise Differs(f"timm would normalise by {told}")

@@ -154,7 +154,7 @@ def main(argv: list[str]) -> int:
     try:
         sys.stdout.write(f"{write_report(parser.parse_args(argv).run)}\n")
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
 

@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
     try:
         draw(args.run, args.kind, out, max(args.images, 1), args.epoch, args.size)
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"error: {error}\n")
         return 2
     sys.stdout.write(f"{out}\n")
     return 0
