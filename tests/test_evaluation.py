@@ -1,6 +1,8 @@
 """The evaluation protocols: equal to other libraries, able to learn, at chance where nothing is."""
 
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,23 @@ def test_unreadable_images_are_counted_and_named(tmp_path):
     assert knn.run(ColourBackbone(), data, config)["top1@1"] > 95
     (line,) = data.omitted.lines()
     assert line.startswith("val: image not readable: 1 (0.jpg")
+
+
+def test_an_image_said_to_be_huge_is_left_out_and_not_decoded(tmp_path):
+    """A header of four gigapixels: Pillow refuses it as a bomb, with an error of its own kind."""
+    write_colour_folders(tmp_path / "train", 4)
+    write_colour_folders(tmp_path / "val", 4)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind in (b"IHDR" + struct.pack(">IIBBBBB", 65500, 65500, 8, 2, 0, 0, 0), b"IDAT"):
+        png += struct.pack(">I", len(kind) - 4) + kind + struct.pack(">I", zlib.crc32(kind))
+    (tmp_path / "train/class_0/0.jpg").write_bytes(png)
+    (tmp_path / "val/class_1/1.jpg").write_bytes(b"no image")
+    config = knn.Config(size=32, k=(1,))
+    data = knn.load(tmp_path, config)
+    assert knn.run(ColourBackbone(), data, config)["top1@1"] > 95
+    train, val = data.omitted.lines()
+    assert train.startswith("train: image not readable: 1 (0.jpg: Image size (4290250000 pixels)")
+    assert val == "val: image not readable: 1 (1.jpg: no image format that is known)"
 
 
 def test_class_folder_mistakes_are_refused(tmp_path):

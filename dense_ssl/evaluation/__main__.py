@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Pillow warns of large images and odd tags: what it cannot read is counted and named all the same.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         found = _answers(args)
     except UserError as error:

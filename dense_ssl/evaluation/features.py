@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +28,8 @@ from dense_ssl.loaders import share_of_cores
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_UNREADABLE = (OSError, ValueError, SyntaxError)  # Pillow's three ways to refuse a file
+# Pillow's ways to refuse a file
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ def _compute(
         try:
             return read(images[position])
         except _UNREADABLE as error:
-            lost[position] = str(error) or type(error).__name__
+            lost[position] = _reason(error)
             return torch.empty(0)
 
     device = next(backbone.parameters()).device
@@ -208,6 +210,13 @@ def _compute(
         "lost": torch.tensor(order, dtype=torch.int64),
         "reasons": [lost[position] for position in order],
     }
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read, in a line."""
+    if isinstance(error, UnidentifiedImageError):  # says where an object lies in memory
+        return "no image format that is known"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _readable(read: Callable[[T], Tensor], image: T) -> bool:

@@ -149,6 +149,8 @@ def load(path: Path, config: Config) -> ClassifyData:
     name = "finetune"
     if config.recipe in ("transfer", "semi"):
         name += f"-{config.recipe}"
+    if config.subset and config.recipe != "semi":
+        name += "-subset"
     if config.tuned_blocks is not None:
         name += f"-last{config.tuned_blocks}"
     return open_classification(path, (config.max_train, config.max_val), name)

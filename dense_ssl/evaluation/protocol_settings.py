@@ -26,6 +26,12 @@ def _own(free: str, *published: Mapping[str, Any]) -> Own:
     return Own(frozenset(free.split()), published or _DEFAULTS)
 
 
+# Of DeiT's recipe by data set and network (iBOT, UDI): docs/evaluation.md says which is which.
+_TRANSFERS: tuple[Mapping[str, Any], ...] = (
+    {}, {"lr": 7.5e-5}, {"lr": 5e-6, "erase": 0.1},
+    *({"epochs": 360, "erase": 0.1, "lr": lr} for lr in (7.5e-6, 5e-5, 2.5e-5)),
+    *({"epochs": 360, "lr": lr} for lr in (3e-5, 5e-5)),
+)  # fmt: skip
 _SEGMENT = _own("labels seed extract_batch")
 OWN: dict[str, Own] = {
     "knn": _own("k pool resampling bank batch_size"),
@@ -41,8 +47,10 @@ OWN: dict[str, Own] = {
     ),
     "semi-supervised": _own("subset samplings select pool resampling seed batch_size"),
     "finetune": _own(
-        "precision accumulate seed extract_batch workers",
-        *({"recipe": name} for name in ("mae", "beit-small", "beit-base", "beit-large", "udi")),
+        # The protocol's name tells of the last two.
+        "precision accumulate seed extract_batch workers subset tuned_blocks",
+        *({"recipe": name} for name in ("mae", "beit-small", "beit-base", "beit-large", "udi", "semi")),
+        *({"recipe": "transfer"} | own for own in _TRANSFERS),
     ),
     "svm": _own(
         "features shots seed batch_size workers",
@@ -50,6 +58,10 @@ OWN: dict[str, Own] = {
     ),
     "segment": _SEGMENT,
     "segment-linear": _SEGMENT,
+    "object-knn": _own("k batch_size seed"),
+    "attention": _own("labels batch_size seed"),
+    "landmarks": _own("dataset pool seed", {}, {"crop_queries": True}),
+    "copydays": _own("batch_size seed", {}, {"size": 320}),
     "correspondence": _own("batch_size seed"),
     "davis": _own("split", {"settings": "dino"}, {"settings": "revisiting"}),
     "hummingbird": _own("labels train_split memory_size batch_size seed"),
