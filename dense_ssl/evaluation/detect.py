@@ -23,7 +23,7 @@ from dense_ssl.backbones import Backbone
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank, world_size
 from dense_ssl.evaluation.augmented import seeded
-from dense_ssl.evaluation.detect_augment import Example, TrainingExamples, read_image, tested
+from dense_ssl.evaluation.detect_augment import Example, TrainingExamples, at_test_size, read_image
 from dense_ssl.evaluation.detect_boxes import Target
 from dense_ssl.evaluation.detect_data import DetectData, Scene, open_detection, trainable
 from dense_ssl.evaluation.detect_masks import encoded, pasted
@@ -233,7 +233,7 @@ def _detect(model: Detector, scene: Scene, config: DetectConfig) -> Found:
         OSError, ValueError, SyntaxError: it cannot be read.
     """
     device = next(model.parameters()).device
-    pixels = tested(read_image(scene), config)
+    pixels = at_test_size(read_image(scene), config)
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     model.eval()
     with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
@@ -290,7 +290,7 @@ def _laid(blind: Sequence[tuple[np.ndarray, int, float]], scene: Scene, *, masks
     boxes = np.stack([box for box, _, _ in blind]) * np.tile([scene.width, scene.height], 2)
     scores = np.array([score for _, _, score in blind])
     labels = np.array([label for _, label, _ in blind])
-    whole = torch.ones(len(boxes), 2, 2)
+    whole = torch.ones(len(boxes), 28, 28)  # of a few cells the corners would fade
     size = (scene.height, scene.width)
     runs = encoded(pasted(whole, torch.from_numpy(boxes), size).numpy()) if masks else None
     return Found(boxes, scores, labels, runs)

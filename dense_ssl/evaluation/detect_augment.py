@@ -130,7 +130,7 @@ def drawn_geometry(size: tuple[int, int], config: DetectConfig, draws: Draws) ->
     return _Geometry(size, scaled, window, final, mirrored)
 
 
-def tested(image: np.ndarray, config: DetectConfig) -> np.ndarray:
+def at_test_size(image: np.ndarray, config: DetectConfig) -> np.ndarray:
     """Return an image uint8 [H, W, 3] at the size it is tested at."""
     size = fitted(image.shape[:2], (config.longest, config.test_short))  # pyright: ignore
     return resized(image, size, config.resampling)

@@ -1,0 +1,260 @@
+"""Training and testing detectors: learning, chance, resuming to the bit, ranks, refusals, the command."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+from timm.models.resnet import BasicBlock, ResNet
+from torch import nn
+
+from dataprep.synthetic_objects import write_rectangles
+from dense_ssl.backbones import BackboneConfig, make_backbone
+from dense_ssl.config import UserError, validate
+from dense_ssl.distributed import close_world, init_world
+from dense_ssl.evaluation import detect, trained_job
+from dense_ssl.evaluation.__main__ import main
+from dense_ssl.evaluation.detect_augment import TrainingExamples
+from dense_ssl.evaluation.detect_model import build
+from dense_ssl.evaluation.detect_protocols import DetectConfig
+from dense_ssl.evaluation.features import FeatureCache
+from dense_ssl.evaluation.omissions import Omissions
+from dense_ssl.evaluation.training_samples import TrainingSamples
+from dense_ssl.weights.layouts import to_detectron2
+from dense_ssl.weights.pretrained import load_backbone
+
+# pycocotools 2.0 speaks to numpy 2 in the old way
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+SMALL = {
+    "short": 64, "batch_size": 4, "workers": 0, "precision": "fp32", "width": 32, "hidden": 64,
+    "rois": 32, "proposals": "100,60", "kept": "60,30", "anchors": "24,24,24,32,64", "bn_steps": 4,
+}  # fmt: skip
+TINY = SMALL | {"width": 16, "hidden": 32, "rois": 16}
+
+
+def settings(name, **given):
+    return validate(DetectConfig, SMALL | {"settings": name} | given, "detect")
+
+
+def tiny(name, **given):
+    return validate(DetectConfig, TINY | {"settings": name, "bn_steps": 0} | given, "detect")
+
+
+@pytest.fixture
+def tiny_resnet(monkeypatch):
+    """A ResNet of 8 to 64 channels in place of timm's."""
+
+    def create(name, **options):
+        return ResNet(
+            BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(8, 16, 32, 64), stem_width=8
+        )
+
+    monkeypatch.setattr("dense_ssl.backbones.resnet.create_trunk", create)
+    torch.manual_seed(0)
+    return make_backbone(BackboneConfig(name="resnet18")).eval()
+
+
+def vit():
+    torch.manual_seed(0)
+    return make_backbone(BackboneConfig(name="test_vit")).eval()
+
+
+@pytest.fixture(scope="module")
+def rectangles(tmp_path_factory):
+    return write_rectangles(tmp_path_factory.mktemp("rectangles"))
+
+
+# --- learning
+
+
+def test_mask_rcnn_learns_coloured_rectangles(rectangles, tiny_resnet):
+    config = settings("coco-fpn-1x", steps=120, lr=0.05)
+    before = {name: x.clone() for name, x in tiny_resnet.state_dict().items()}
+    values = detect.run(tiny_resnet, detect.load(rectangles / "coco", config), config)
+    assert values["box-AP50"] > 75 and values["mask-AP50"] > 75
+    assert values["chance/box-AP50"] < 10 and values["chance/mask-AP50"] < 10
+    assert all(torch.equal(x, before[name]) for name, x in tiny_resnet.state_dict().items())
+
+
+def test_faster_rcnn_c4_learns_coloured_rectangles(rectangles, tiny_resnet):
+    config = settings("voc-c4", steps=120, lr=0.05, anchors="16,24,32", train_years=2007)
+    values = detect.run(tiny_resnet, detect.load(rectangles, config), config)
+    assert values["AP50"] > 40 and values["chance/AP50"] < 10
+    assert set(values) == {f"{c}{n}" for c in ("", "chance/") for n in ("AP", "AP50", "AP75")}
+
+
+def test_a_cascade_on_a_vit_learns_coloured_rectangles(rectangles):
+    config = settings(
+        "coco-cascade-small-1x", steps=90, lr=3e-3, layer_decay=1.0, drop_path=0.0, crop="none",
+        rois=24,
+    )  # fmt: skip
+    values = detect.run(vit(), detect.load(rectangles / "coco", config), config)
+    assert values["box-AP50"] > 40 and values["mask-AP50"] > 40
+
+
+def test_nothing_is_learnt_of_annotations_of_other_images(tiny_resnet, tmp_path):
+    root = write_rectangles(tmp_path / "shuffled", shuffled=True)
+    config = settings("coco-fpn-1x", steps=50, lr=0.05)
+    values = detect.run(tiny_resnet, detect.load(root / "coco", config), config)
+    assert values["box-AP50"] < 15 and values["mask-AP50"] < 15
+
+
+# --- the same to the bit
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(
+    rectangles, tiny_resnet, tmp_path, monkeypatch
+):
+    config = tiny("coco-fpn-1x", steps=4, lr=0.05, bn_steps=2)
+    data = detect.load(rectangles / "coco", config)
+    whole = detect._trained(tiny_resnet, data, config, None).state_dict()
+    cache = FeatureCache(tmp_path, "w")
+    monkeypatch.setattr(trained_job, "KEEP_SECONDS", 0.0)
+    losses, calls = detect._losses, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return losses(*args)
+
+    monkeypatch.setattr(detect, "_losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detect._trained(tiny_resnet, data, config, cache)
+    again = detect._trained(tiny_resnet, data, config, cache).state_dict()
+    assert len(calls) == 3 + 2 + 2  # two steps kept, two taken, two batches for the statistics
+    assert all(torch.equal(x, whole[name]) for name, x in again.items())
+    detect._trained(tiny_resnet, data, config, cache)
+    assert len(calls) == 7  # what is finished is read
+
+
+def test_final_statistics_are_means_over_batches(rectangles, tiny_resnet):
+    config = tiny("coco-fpn-1x", bn_steps=3)
+    data = detect.load(rectangles / "coco", config)
+    model = build(tiny_resnet, 3, config).train()
+    samples = TrainingSamples(
+        data.train, TrainingExamples(data.train, config), config, Omissions(), stream=1
+    )
+    batches = list(samples.batches(0, 3))
+    detect._settle_norms(model, iter(batches), config, 0)
+    norm = model.trunk.maps.backbone.trunk.bn1
+    means = []
+    for batch in batches:
+        images = [torch.from_numpy(example.image).permute(2, 0, 1) for example in batch]
+        x = model._batch(images).tensors
+        means.append(model.trunk.maps.backbone.trunk.conv1(x).mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
+    assert norm.momentum == 0.1
+    assert all(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+RANKED = {"steps": 2, "lr": 1e-3, "bn_steps": 0, "max_val": 3}
+
+
+def _on_a_rank(rank, port, root, folder):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
+        MASTER_PORT=port,
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    world = init_world("cpu")
+    config = tiny("coco-cascade-small-1x", **RANKED)
+    data = detect.load(root, config)
+    values = detect.run(vit(), data, config, FeatureCache(folder, "w"))
+    model = detect._trained(vit(), data, config, FeatureCache(folder, "w"))
+    weights = torch.stack([p.double().sum() for p in model.parameters()])
+    torch.save({"values": values, "weights": weights}, folder / f"{rank}.pt")
+    close_world(world)
+
+
+def test_two_ranks_train_one_network_and_share_the_test(rectangles, tmp_path):
+    context = mp.get_context("spawn")
+    port = str(20000 + abs(hash(str(tmp_path))) % 20000)
+    root = rectangles / "coco"
+    ranks = [context.Process(target=_on_a_rank, args=(r, port, root, tmp_path)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["values"] == second["values"] and "mask-AP" in first["values"]
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["weights"].isfinite().all()
+
+
+# --- refusals
+
+
+def test_unreadable_images_are_replaced_and_left_out(rectangles, tiny_resnet, tmp_path):
+    config = tiny("coco-fpn-1x", steps=2)
+    data = detect.load(rectangles / "coco", config)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(data.train[0].path.read_bytes()[:300])
+    torn = replace(data.train[0], path=broken)
+    data = replace(data, train=(torn, *data.train[1:4]), val=(torn, *data.val[1:4]))
+    values = detect.run(tiny_resnet, data, config)
+    assert 0 <= values["box-AP"] <= 100
+    lines = [line for line in data.omitted.lines() if "not readable" in line]
+    assert len(lines) == 2 and all("image not readable: 1 (broken.jpg: " in line for line in lines)
+    with pytest.raises(UserError, match="train: none of 4 images can be decoded"):
+        detect.run(tiny_resnet, replace(data, train=(torn,) * 4), config)
+    with pytest.raises(UserError, match="test: no image can be read"):
+        detect.run(tiny_resnet, replace(data, val=(torn,)), config)
+    many = config.model_copy(update={"batch_size": 8})
+    with pytest.raises(UserError, match="4 images make no batch of 8; lower batch_size"):
+        detect.run(tiny_resnet, data, many)
+
+
+def test_divergence_is_said(rectangles, tiny_resnet, tmp_path):
+    config = tiny("coco-fpn-1x", steps=4, lr=1e30)
+    data = detect.load(rectangles / "coco", config)
+    with pytest.raises(UserError, match=r"training diverged at step \d: the loss of .* lower lr"):
+        detect.run(tiny_resnet, data, config, FeatureCache(tmp_path, "w"))
+    assert not list(tmp_path.rglob("*.pt"))  # no such state is kept
+
+
+# --- from the command, with weights from anywhere
+
+
+def test_command_writes_results_and_pictures(rectangles, tmp_path, capsys):
+    root = rectangles / "coco"
+    arguments = [
+        "detect", "--checkpoint", "random:test_vit", "--out", str(tmp_path), "--data", str(root),
+        "settings=coco-simple-1x", "steps=2", "max_val=3", "--device", "cpu",
+        *(f"{name}={value}" for name, value in TINY.items()),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "detect/coco-simple-1x/v1*" in shown and "mask-AP75" in shown
+    lines = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    names = [line["metric"] for line in lines]
+    assert names[:3] == ["box-AP", "box-AP50", "box-AP75"] and "mask-AP" in names
+    assert "box-APl" not in names and lines[0]["chance"] is not None
+    with Image.open(tmp_path / "eval" / "detect-detections.png") as sheet:
+        assert sheet.width > 700 and sheet.height > 300
+    assert main([*arguments, "settings=voc-c4"]) == 2
+    assert "the data are COCO's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["moco", "detectron2"])
+def test_published_layouts_become_the_same_detector(layout, tmp_path):
+    original = make_backbone(BackboneConfig(name="resnet50"))
+    state = original.trunk.state_dict()
+    if layout == "moco":
+        told = {f"module.encoder_q.{name}": x for name, x in state.items()}
+        path = tmp_path / "moco_v2_200ep.pth.tar"
+        torch.save({"epoch": 200, "arch": "resnet50", "state_dict": told}, path)
+    else:
+        path = tmp_path / "backbone.pth"
+        told = to_detectron2(state)["model"]
+        torch.save({"model": {name: torch.as_tensor(x) for name, x in told.items()}}, path)
+    model = build(load_backbone(str(path)).backbone, 20, tiny("voc-c4", anchors="24"))
+    found = model.trunk.backbone.trunk.state_dict() | {
+        f"layer4.{name}": x for name, x in model.shared.stage.state_dict().items()
+    }
+    assert set(found) == set(state)
+    assert all(torch.equal(x, state[name]) for name, x in found.items())
