@@ -13,9 +13,9 @@ from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
 from dense_ssl.evaluation import results, suite
 from dense_ssl.evaluation.__main__ import main
-from dense_ssl.evaluation.catalogue import data_paths, task_names
-from dense_ssl.evaluation.protocol_settings import departs
-from dense_ssl.evaluation.suite import configs_of, evaluate
+from dense_ssl.evaluation.catalogue import TASKS, data_paths, task_names
+from dense_ssl.evaluation.protocol_settings import OWN, departs
+from dense_ssl.evaluation.suite import config_of, configs_of, evaluate
 from dense_ssl.weights.fingerprint import weights_sha256
 
 
@@ -65,10 +65,19 @@ def test_arguments():
         ("svm", ["train=train"], True),
         ("segment", ["steps=5"], True),
         ("hummingbird", ["memory_size=1000"], False),
+        ("attention", ["void=ignored"], False),
+        ("attention", ["size=240"], True),
+        ("copydays", ["size=320"], False),
     ],
 )
 def test_what_differs_from_a_protocol_is_marked(task, settings, marked):
     assert departs(task, configs_of([task], settings)[task]) is marked
+
+
+def test_every_task_knows_its_own_settings():
+    for task in TASKS:
+        trained = hasattr(config_of(task), "published")
+        assert trained != (task in OWN), task
 
 
 def test_data_arguments(tmp_path):

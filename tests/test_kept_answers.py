@@ -124,7 +124,7 @@ def test_every_task_of_the_catalogue_is_a_protocol():
         (["dense_ssl.evaluation", "--help"], 0, "segment-fcn"),
         (["dense_ssl.evaluation", "fly", "--checkpoint", "x", "--data", "."], 2, "no task 'fly'"),
         (["dense_ssl.evaluation", "knn", "--checkpoint", "x", "--data", "none"], 2, "no such data"),
-        (["dense_ssl.evaluation", "knn", "--checkpoint", "x", "--data", ".", "--out", "y"], 2, "no such"),
+        (["dense_ssl.evaluation", "knn", "--checkpoint", "x", "--data", "."], 2, "no such checkpoint"),
         (["dense_ssl.start", "--help"], 0, "--eval-data"),
         (["dense_ssl.start", "densecl", "--eval", "fly"], 2, "no task 'fly'"),
     ],

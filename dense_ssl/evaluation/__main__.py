@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dense_ssl.config import UserError
 from dense_ssl.evaluation.catalogue import TASKS, data_paths, task_names
-from dense_ssl.evaluation.kept import answer_of, question_of
+from dense_ssl.evaluation.kept import answer_of, question_of, weights_of
 from dense_ssl.evaluation.results import RESULTS, Result, table
 
 _SPECS = """SPEC: a run folder, a checkpoint or official file, timm:NAME (published weights), random:NAME"""
@@ -88,6 +88,7 @@ def _answers(args: argparse.Namespace) -> list[Result]:
     """
     tasks = task_names(args.tasks)
     paths = data_paths(tasks, args.data)
+    weights_of(args.checkpoint)
     folder = _folder(args)
     if folder is None:
         return _computed(tasks, args, None, {})

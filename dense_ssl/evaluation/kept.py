@@ -33,7 +33,7 @@ def question_of(
     named = [Path(text.partition("=")[2]) for text in words]
     try:
         files = [path for path in named if path.is_file()]  # lists of images, and the like
-        parts = [task, str(random), device, *words, *_weights(checkpoint), *map(_stamp, files)]
+        parts = [task, str(random), device, *words, *weights_of(checkpoint), *map(_stamp, files)]
         parts += [*_tree(data), *_program()]
     except OSError:  # the protocol itself will meet it, and say so
         return ""
@@ -67,8 +67,12 @@ def _concerns(setting: str, task: str) -> bool:
     return not dot or from_task == task
 
 
-def _weights(checkpoint: str) -> Sequence[str]:
-    """What tells the weights of a SPEC from others."""
+def weights_of(checkpoint: str) -> Sequence[str]:
+    """Return what tells the weights of a SPEC from others.
+
+    Raises:
+        UserError: it is a path at which nothing is.
+    """
     kind, separator, name = checkpoint.partition(":")
     if separator and kind in ("timm", "random"):
         path = Path(name)

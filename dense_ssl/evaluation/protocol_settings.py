@@ -1,6 +1,6 @@
 """Which settings are a protocol's own, so that results of others are marked: `knn/v1*`.
 
-The trained segmentation protocols know their own (segment_protocols.py). A data set that is not the
+The trained protocols of segmentation and detection know their own. A data set that is not the
 published one cannot be told from here.
 """
 

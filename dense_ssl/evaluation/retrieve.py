@@ -167,7 +167,7 @@ def pictures(
         tiles = [_outlined(queries, number, own)]
         for value, place in zip(order.values.tolist(), order.indices.tolist()):
             image, segment = divmod(place, config.clusters)
-            names.append(f"{value:.2f} {_named(memory.pixels[image, segment], data.classes)}")
+            names.append(f"{value:.3f} {_named(memory.pixels[image, segment], data.classes)}")
             tiles.append(_outlined(memory, image, segment))
         rows.append(tiles_sheet(names, tiles, _TILE_PX))
     return {"nearest": stacked(rows, f"{data.protocol}: segments, their nearest and its cosine")}
