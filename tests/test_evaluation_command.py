@@ -65,7 +65,6 @@ def test_arguments():
         ("svm", ["train=train"], True),
         ("segment", ["steps=5"], True),
         ("hummingbird", ["memory_size=1000"], False),
-        ("attention", ["void=ignored"], False),
         ("attention", ["size=240"], True),
         ("copydays", ["size=320"], False),
     ],
