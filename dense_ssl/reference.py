@@ -22,6 +22,7 @@ import yaml
 from dense_ssl.checkpoint import write_atomically
 from dense_ssl.config import UserError
 from dense_ssl.report.page import read_jsonl
+from dense_ssl.run_config import with_defaults
 from dense_ssl.watch import RECORDS
 from dense_ssl.watch.signs import signs
 
@@ -100,7 +101,7 @@ def judge(
     Raises:
         UserError: the file is no reference.
     """
-    mine = comparable(config)
+    mine = comparable(with_defaults(config))
     known = [load(given)] if given else shipped()
     of_method = [r for r in known if all(_same(mine, r.settings, key) for key in _SCALE)]
     if not of_method:
@@ -269,7 +270,7 @@ def make(runs: Sequence[Path], name: str) -> str:
             seed = int(config["train"]["seed"])
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
             raise UserError(f"{run}: no readable config.yaml in it; is it a run folder?") from None
-        settings.append(comparable(config))
+        settings.append(comparable(with_defaults(config)))
         log = [r for r in read_jsonl(run / "log.jsonl") if r.get("epoch") and "loss" in r]
         if not log:
             raise UserError(f"{run}: nothing is logged")

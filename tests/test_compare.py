@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
+from dataprep.synthetic import write_random_images
+from dense_ssl import pretrain
 from dense_ssl.compare import main, read_run, verdict, write_comparison
 from dense_ssl.config import UserError
 from dense_ssl.config import load as load_config
@@ -186,6 +188,41 @@ def test_what_makes_no_reference_is_refused(seeded, tmp_path, capsys):
     )
     assert main([str(a), "--reference", str(a / "log.jsonl"), "--out", out]) == 2
     assert "no reference" in capsys.readouterr().err
+
+
+REAL = """
+method: {{name: moco, views: [{{name: global, count: 2, size: 32, photometric: moco_v2}}], out_dim: 16,
+  hidden_dim: 16, queue_length: 32, backbone: {{name: test_resnet, init: fan_in, bn_groups: 2}}}}
+data: {{path: {images}, loader: folder, workers: 0}}
+optim: {{name: sgd, momentum: 0.9, lr: {{start: 0.03, shape: constant}}}}
+train: {{epochs: 10, steps: 24, batch_size: 8, precision: fp32}}
+watch: {{images: 16, every_steps: 12}}
+run: {{dir: {run}, device: cpu, log_every_steps: 2, log: []}}
+"""
+
+
+def test_real_runs_another_seed_looks_right_and_a_learning_rate_100_times_too_high_wrong(
+    tmp_path, capsys
+):
+    write_random_images(tmp_path / "images", 24)
+
+    def trained(name, *more):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(REAL.format(images=tmp_path / "images", run=tmp_path / name))
+        assert pretrain.main([str(path), *more]) == 0
+        return str(tmp_path / name)
+
+    seeds = [trained(f"seed{seed}", f"train.seed={seed}") for seed in (0, 1, 2)]
+    out = str(tmp_path / "tiny.jsonl")
+    assert make_reference([*seeds, "--out", out]) == 0
+    page = ["--reference", out, "--out", str(tmp_path / "page.html")]
+    capsys.readouterr()
+    assert main([trained("good", "train.seed=7"), *page]) == 0
+    assert "looks right up to step 24 of tiny (3 seeds)" in capsys.readouterr().out
+    assert main([trained("fast", "train.seed=7", "optim.lr=3.0"), *page]) == 1
+    said = capsys.readouterr().out
+    assert "does NOT look right" in said
+    assert "settings that differ: optim.lr.start 3.0 (there 0.03)" in said
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.jsonl")), ids=lambda path: path.stem)

@@ -291,5 +291,27 @@ def test_console_line_and_signs():
         "watch 40  matches 41 % (chance 25)  k-NN 30.0 % (chance 10)  rank 38 of 64  spread 0.42  (0.3 s)"
     )
     assert signs(record) == {}
-    assert list(signs({**record, "spread": 1e-4, "rankme": 1.0})) == ["collapse"]
-    assert list(signs({"step": 1, "finite": 0.0})) == ["finite"]
+    for changed, kind in (
+        ({"spread": 1e-3, "rankme": 1.0}, "point"),
+        ({"spread": 0.05, "rankme": 1.6}, "line"),
+        ({"prototypes_used": 1.0, "prototypes_each": 1.0}, "prototype"),
+        ({"patch_prototypes_used": 60.0, "patch_prototypes_each": 59.9}, "patch_prototype"),
+        ({"finite": 0.0}, "finite"),
+    ):
+        assert list(signs({**record, **changed})) == [kind]
+    assert signs({**record, "prototypes_used": 60.0, "prototypes_each": 30.0}) == {}
+    assert signs({**record, "rankme": 1.6, "most_rank": 8.0}) == {}  # too few images to say
+
+
+def test_a_failing_run_is_warned_of_once_and_a_healthy_one_is_not(train):
+    """DINO without its centring, which is what keeps it from one answer to everything (section 5.3)."""
+    dino = {**IBOT, "name": "dino"}
+    more = ("train.steps=16", "train.epochs=8", "watch.every_steps=8", "method.out_dim=64")
+    warm = ("method.teacher_temperature.start=0.1", "method.teacher_temperature.end=0.1")
+    sharp = ("method.center_momentum=1", "method.momentum=0.5", "optim.lr=0.01",
+             "method.teacher_temperature.start=0.01", "method.teacher_temperature.end=0.01")  # fmt: skip
+    run, said = train("healthy", dino, *more, *warm, "optim.lr=0.00001")
+    assert "collapse" not in said.err
+    run, said = train("collapsed", dino, *more, *sharp)
+    assert said.err.count("the teacher's answers collapse") == 1
+    assert looks_of(run)[-1]["prototypes_used"] < 1.5

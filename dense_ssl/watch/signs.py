@@ -2,28 +2,40 @@
 
 from collections.abc import Mapping
 
-POINT = 0.01  # spread below which all images are one point
-LINE = 1.5  # effective rank below which all images lie on one line
+# Measured (docs/watching.md): healthy networks, untrained ones too, against runs that were made to collapse.
+POINT = 0.03  # spread; healthy 0.11 and more
+LINE = 3.0  # effective rank, but no more than an eighth of the most possible; healthy 10 of 64, collapsed 1.6
+ONE = 1.5  # prototypes in use; healthy 86 and more, collapsed 1.0
+ALIKE = 0.95  # of those in use, that one image hesitates between; healthy 0.5
 
 
 def signs(record: Mapping[str, float]) -> dict[str, str]:
-    """Return sentences about what is wrong in a look, by their kind; {} in health.
-
-    The limits are measured: docs/watching.md has what healthy and collapsed runs show.
-    """
+    """Return sentences about what is wrong in a look, by their kind; {} in health."""
     found: dict[str, str] = {}
     if record.get("finite") == 0:
         return {"finite": "features are not finite: training has diverged"}
-    spread, rank = record.get("spread", 1.0), record.get("rankme", 2.0)
+    spread, rank = record.get("spread", 1.0), record.get("rankme", LINE)
+    most = record.get("most_rank", 8 * LINE)
     if spread < POINT:
-        found["collapse"] = (
+        found["point"] = (
             f"features collapse: all images look alike to the backbone (spread {spread:.1g}, 0 is one point)"
         )
-    elif rank < LINE:
-        found["rank"] = (
-            "features collapse: all of them lie on one line (effective rank "
-            f"{rank:.1f} of {record['most_rank']:.0f})"
+    elif rank < min(LINE, most / 8):
+        found["line"] = (
+            f"features collapse: almost all of them lie on a line (effective rank {rank:.1f} of {most:.0f})"
         )
+    for kind, of in (("", "images"), ("patch_", "patches")):
+        used, each = (record.get(f"{kind}prototypes_{name}") for name in ("used", "each"))
+        if used is None or each is None:
+            continue
+        if used < ONE:
+            found[f"{kind}prototype"] = (
+                f"all {of} fall to one prototype: the teacher's answers collapse"
+            )
+        elif each > ALIKE * used:
+            found[f"{kind}prototype"] = (
+                f"all {of} are answered alike: the teacher's answers collapse"
+            )
     return found
 
 
