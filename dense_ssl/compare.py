@@ -164,14 +164,14 @@ def settings_table(runs: Sequence[Run]) -> str:
 def curves(runs: Sequence[Run], reference: Reference | None = None) -> str:
     """Return the runs' curves, one panel per quantity, one line per run; the loss before its reference."""
     logged = {key for run in runs for record in run.log for key in record}
-    quantities = [("loss", "Loss", "loss (nats)", 1.0)]
+    quantities = [("loss", "Loss", "nats", 1.0)]
     quantities += [
-        (key, f"Loss: {key.removeprefix('loss_')}", "loss (nats)", 1.0)
+        (key, f"Loss: {key.removeprefix('loss_')}", "nats", 1.0)
         for key in sorted(logged)
         if key.startswith("loss_")
     ]
     quantities += [
-        ("lr", "Learning rate", "learning rate", 1.0),
+        ("lr", "Learning rate", "", 1.0),
         ("images_per_s", "Throughput", "images/s", 1.0),
         ("data_wait", "Waiting for data", "% of step time", 100.0),
     ]

@@ -288,7 +288,7 @@ def test_console_line_and_signs():
     }  # fmt: skip
     line = console_line(record)
     assert line == (
-        "watch 40  matches 41 % (chance 25)  k-NN 30.0 % (chance 10)  rank 38 of 64  spread 0.42  (0.3 s)"
+        "watch 40  matches 41 % (by place 25)  k-NN 30.0 % (chance 10)  rank 38 of 64  spread 0.42  (0.3 s)"
     )
     assert signs(record) == {}
     for changed, kind in (

@@ -14,7 +14,8 @@ Records = Sequence[Mapping[str, Any]]
 # Title, unit of the y axis, and what is drawn: keys of `watch.jsonl` with their labels.
 WATCHED = (
     ("Matches between two crops", "% of cells", {
-        "match_one_cell": "within one cell", "match_same_cell": "same cell", "match_chance": "chance"}),
+        "match_one_cell": "within one cell", "match_same_cell": "same cell",
+        "match_chance": "within one, by place alone"}),
     ("Classes of labelled images", "top-1, %", {
         "knn": "k-NN", "linear": "linear probe", "class_chance": "chance"}),
     ("Effective rank of images (RankMe)", "dimensions", {
@@ -42,8 +43,8 @@ def training_panels(log: Records) -> list[str]:
     losses = [series(log, "loss", "loss")]
     losses += [series(log, part, part.removeprefix("loss_")) for part in parts[:4]]
     return [
-        panel("Loss", losses, "loss (nats)"),
-        panel("Learning rate", [series(log, "lr", "lr")], "learning rate"),
+        panel("Loss", losses, "nats"),
+        panel("Learning rate", [series(log, "lr", "lr")], ""),
     ]
 
 
@@ -69,7 +70,7 @@ def schedule_panels(config: Mapping[str, Any], log: Records) -> list[str]:
             values = [(float(s), schedule.at(Step(s, per_epoch, epochs, seed))) for s in steps]
             if len({value for _, value in values}) > 1:
                 title = name.replace("_", " ").capitalize()
-                panels.append(panel(title, [Line("planned", values)], title.lower()))
+                panels.append(panel(title, [Line("planned", values)], ""))
     return panels
 
 

@@ -66,7 +66,7 @@ def glance(
 _GLANCED = (
     ("match_one_cell", "matches within a cell", "{:.0f} %"),
     ("knn", "k-NN", "{:.1f} %"),
-    ("rankme", "effective rank", "{:.0f}"),
+    ("rankme", "effective rank", "{:.3g}"),
 )
 
 

@@ -103,15 +103,18 @@ def panel(
 ) -> str:
     """Return curves under a title, with the last value of each."""
     legend = "".join(
-        f'<span><i class="key s{i}"></i>{html.escape(line.label)} '
-        f"{f'{line.points[-1][1]:.4g}' if line.points else ''}</span>"
+        f'<span><i class="key s{i}"></i>{html.escape(line.label)} {line.points[-1][1]:.4g}</span>'
         for i, line in enumerate(lines)
+        if line.points
     )
     if band:
         legend += f'<span><i class="key in-band"></i>{html.escape(band.label)}</span>'
-    plot = line_plot(lines, "optimiser step", y_label, from_zero, band)
+    plot = line_plot(
+        lines, "optimiser step", ", ".join(filter(None, (title, y_label))), from_zero, band
+    )
     return (
-        f"<figure><figcaption>{html.escape(title)}<div>{legend}</div></figcaption>{plot}</figure>"
+        f"<figure><figcaption>{html.escape(title)} <small>{html.escape(y_label)}</small>"
+        f"<div>{legend}</div></figcaption>{plot}</figure>"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 560, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 42  # margins around the plotted area
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 24, 12, 46  # margins around the plotted area
 _MOST_POINTS = 400  # more than that are averaged: there are not more pixels to see
 
 
@@ -38,7 +38,8 @@ def line_plot(
 ) -> str:
     """Return an SVG element with axes, ticks and one polyline per series; x runs from 0.
 
-    Points that are not finite are left out. `from_zero` makes the y axis start at 0; a band lies behind.
+    `y_label` is for who cannot see the picture; who can reads it in the caption. Points that are not finite
+    are left out. `from_zero` makes the y axis start at 0; a band lies behind.
     """
     series = [_thinned([p for p in line.points if all(map(math.isfinite, p))]) for line in lines]
     edges = [p for p in (band.points if band else ()) if all(map(math.isfinite, p))]
@@ -70,11 +71,9 @@ def line_plot(
             continue
         x, _ = at(value, y_span[0])
         parts.append(f'<path class="axis" d="M{x:.1f} {HEIGHT - _BOTTOM}v4"/>')
-        parts.append(_text(x, HEIGHT - _BOTTOM + 18, tick_text(value, x_ticks), "middle"))
+        parts.append(_text(x, HEIGHT - _BOTTOM + 19, tick_text(value, x_ticks), "middle"))
     parts.append(f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, x_label, "middle"))
-    middle = (_TOP + HEIGHT - _BOTTOM) / 2
-    parts.append(_text(14, middle, y_label, "middle", f' transform="rotate(-90 14 {middle})"'))
     if band and edges:
         around = [at(x, high) for x, _, high in edges] + [at(x, low) for x, low, _ in edges[::-1]]
         corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in around)
@@ -129,8 +128,8 @@ def _drawn(number: int, label: str, places: Sequence[tuple[float, float]]) -> st
     return f'<polyline class="line s{number}" points="{coordinates}">{title}</polyline>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
+def _text(x: float, y: float, text: str, anchor: str) -> str:
     return (
-        f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>'
+        f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
         f"{html.escape(text)}</text>"
     )

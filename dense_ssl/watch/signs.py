@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 # Measured (docs/watching.md): healthy networks, untrained ones too, against runs that were made to collapse.
 POINT = 0.03  # spread; healthy 0.11 and more
-LINE = 3.0  # effective rank, but no more than an eighth of the most possible; healthy 10 of 64, collapsed 1.6
+LINE = (
+    4.0  # effective rank, or an eighth of the most possible; healthy 10 of 64, collapsed 1.6 to 3.4
+)
 ONE = 1.5  # prototypes in use; healthy 86 and more, collapsed 1.0
 ALIKE = 0.95  # of those in use, that one image hesitates between; healthy 0.5
 
@@ -44,7 +46,7 @@ def console_line(record: Mapping[str, float]) -> str:
     parts = []
     if "match_one_cell" in record:
         parts.append(
-            f"matches {record['match_one_cell']:.0f} % (chance {record['match_chance']:.0f})"
+            f"matches {record['match_one_cell']:.0f} % (by place {record['match_chance']:.0f})"
         )
     if "knn" in record:
         parts.append(f"k-NN {record['knn']:.1f} %")
