@@ -8,13 +8,17 @@ starts the same ranks, without that.
 import logging
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 STOPPED = 75
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+SAVING_S = 240  # what ranks may take to end their step and save; schedulers are asked for 300
 
 
 def launch_ranks(ranks: int, argv: list[str], nodes: int = 1, rendezvous: str | None = None) -> int:
@@ -22,9 +26,13 @@ def launch_ranks(ranks: int, argv: list[str], nodes: int = 1, rendezvous: str | 
 
     With `nodes` > 1 every machine runs this; they find one another at `rendezvous`, HOST:PORT of the first.
     """
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS  # what older agents read
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Newer agents are told directly, and would otherwise end their ranks after 30 s.
+    told = {"signals_to_handle": SIGNALS, "shutdown_timeout": SAVING_S}
+    known = {field.name for field in fields(LaunchConfig)}
+    more: dict[str, Any] = {name: value for name, value in told.items() if name in known}
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
@@ -33,6 +41,7 @@ def launch_ranks(ranks: int, argv: list[str], nodes: int = 1, rendezvous: str | 
         rdzv_backend="c10d",
         rdzv_endpoint=rendezvous or "localhost:0",
         max_restarts=0,
+        **more,
     )
     root = Path(__file__).resolve().parent.parent
     os.environ["PYTHONPATH"] = os.pathsep.join(

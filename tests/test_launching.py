@@ -74,7 +74,7 @@ def test_before_the_limit_the_run_saves_and_the_job_queues_itself_again(slurm, t
     )
     (tmp_path / "recipe.yaml").write_text(text)
     given = {
-        "METHOD": "recipe.yaml", "DATA": str(images), "RUN": str(run),
+        "METHOD": "recipe.yaml", "DATA": str(images), "RUN": str(run), "GPUS": "2",
         "ARGS": "data.workers=1 train.epochs=400 run.checkpoint_every_steps=100000",
     }  # fmt: skip
     job = slurm(**given)
