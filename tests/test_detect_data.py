@@ -97,9 +97,9 @@ def test_defects_of_coco_are_counted(real_images, tmp_path):
     outside = [thing for scene in data.val for thing in scene.things if min(thing.box) < 0]
     assert len(outside) == 1  # kept as it is: COCO's own tools do
     config = settings(settings="coco-fpn-1x", short=64)
-    examples = TrainingExamples(trainable(data.val, difficult=False), config)
-    for number in range(len(data.val)):
-        example = examples(number, Draws(np.uint64(number)))
+    examples = TrainingExamples(config)
+    for number, scene in enumerate(trainable(data.val, difficult=False)):
+        example = examples(scene, Draws(np.uint64(number)))
         assert (example.boxes >= 0).all() and len(example.labels) == len(example.masks)
     shutil.copyfile(
         nasty / "annotations/instances_truncated.json",
@@ -186,10 +186,10 @@ def test_masks_and_boxes_stay_with_their_pixels(rectangles):
     colours = np.array([(210, 60, 60), (60, 190, 70), (70, 80, 220)])
     for name in ("coco-fpn-1x", "coco-cascade-small-1x"):
         config = settings(settings=name, short="64,90,120")
-        examples = TrainingExamples(data.train, config)
+        examples = TrainingExamples(config)
         seen = 0
         for key in range(24):
-            example = examples(key % len(data.train), Draws(np.uint64(key)))
+            example = examples(data.train[key % len(data.train)], Draws(np.uint64(key)))
             for box, label, mask in zip(example.boxes, example.labels, example.masks):
                 inner = mask.astype(bool)
                 if inner.sum() < 200:  # what a cut left

@@ -104,7 +104,7 @@ def _trained(
     model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config)
     scenes = trainable(data.train, difficult=data.layout == "voc")  # as detectron2 learns VOC
-    show = TrainingExamples(scenes, config)
+    show = TrainingExamples(config)
     samples = TrainingSamples(scenes, show, config, data.omitted, stream=STREAM)
     settings = config.model_dump_json(exclude={"workers"})
     key = content_key(config.task, data.protocol, data.content, settings)
@@ -119,7 +119,7 @@ def _trained(
 def _train(
     model: Detector,
     optimizer: Optimizer,
-    samples: TrainingSamples[Example],
+    samples: TrainingSamples[Scene, Example],
     config: DetectConfig,
     job: Job,
     start: int,

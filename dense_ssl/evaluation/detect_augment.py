@@ -87,13 +87,12 @@ def read_image(scene: Scene) -> np.ndarray:
 class TrainingExamples:
     """Makes the example of a scene by a protocol's draws."""
 
-    def __init__(self, scenes: Sequence[Scene], config: DetectConfig) -> None:
-        """Take the scenes with the objects that are learnt."""
-        self._scenes, self._config = scenes, config
+    def __init__(self, config: DetectConfig) -> None:
+        self._config = config
 
-    def __call__(self, number: int, draws: Draws) -> Example:
-        """Return the example of a scene."""
-        scene, config = self._scenes[number], self._config
+    def __call__(self, scene: Scene, draws: Draws) -> Example:
+        """Return the example of a scene; all its objects are learnt."""
+        config = self._config
         pixels = read_image(scene)
         geometry = drawn_geometry((scene.height, scene.width), config, draws)
         image = geometry.image(pixels, config.resampling)

@@ -34,8 +34,7 @@ class TrainingCrops:
         Raises:
             UserError: the batch does not divide among ranks and micro-batches, or exceeds the images.
         """
-        show = _Show(images, config)
-        self._samples = TrainingSamples(images, show, config, omitted, stream=STREAM)
+        self._samples = TrainingSamples(images, _Show(config), config, omitted, stream=STREAM)
         self.steps_per_epoch = self._samples.steps_per_epoch
         self.micro_batch = self._samples.micro_batch
 
@@ -70,11 +69,11 @@ def read_sample(image: LabelledImage) -> Sample:
 class _Show:
     """The crop of an image."""
 
-    def __init__(self, images: Sequence[LabelledImage], config: TrainedConfig) -> None:
-        self._images, self._config = images, config
+    def __init__(self, config: TrainedConfig) -> None:
+        self._config = config
 
-    def __call__(self, number: int, draws: Draws) -> Sample:
-        sample = read_sample(self._images[number])
+    def __call__(self, image: LabelledImage, draws: Draws) -> Sample:
+        sample = read_sample(image)
         config = self._config
         size, resampling = config.size, config.resampling
         if config.augmentation == "any-scale":

@@ -6,7 +6,7 @@ Order and draws are keyed by (seed, epoch, image): neither workers nor a resumed
 from collections.abc import Iterator, Sequence
 from functools import partial
 from os import getpid
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -23,23 +23,25 @@ from dense_ssl.loaders.order import Order
 from dense_ssl.rng import fold_np, key_of
 
 T = TypeVar("T")
+I = TypeVar("I")  # noqa: E741  (what an image is known by)
+I_contra = TypeVar("I_contra", contravariant=True)
 T_co = TypeVar("T_co", covariant=True)
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-class Show(Protocol[T_co]):
+class Show(Protocol[I_contra, T_co]):
     """Makes the sample of an image; raises one of UNREADABLE where the image cannot be read."""
 
-    def __call__(self, number: int, draws: Draws) -> T_co: ...  # noqa: D102
+    def __call__(self, item: I_contra, draws: Draws, /) -> T_co: ...  # noqa: D102
 
 
-class TrainingSamples(Generic[T]):
+class TrainingSamples(Generic[I, T]):
     """Batches of this rank; images beyond whole batches wait for another epoch."""
 
     def __init__(
         self,
-        names: Sequence[object],
-        show: Show[T],
+        items: Sequence[I],
+        show: Show[I, T],
         config: TrainedSettings,
         omitted: Omissions,
         *,
@@ -48,7 +50,8 @@ class TrainingSamples(Generic[T]):
         """Take the images as they are; those that cannot be decoded are replaced by the next one.
 
         Args:
-            names: of the images, to be shown by `str`.
+            items: an image each, named by `str`. Each is sent to a worker process when it is its turn: no
+                worker holds all annotations.
             show: makes a sample; it is sent to worker processes.
             config: batch size, accumulation, seed and workers.
             omitted: told of files that cannot be read, each once.
@@ -57,19 +60,19 @@ class TrainingSamples(Generic[T]):
         Raises:
             UserError: the batch does not divide among ranks and micro-batches, or exceeds the images.
         """
-        if len(names) < config.batch_size:
+        if len(items) < config.batch_size:
             raise UserError(
-                f"train: {len(names)} images make no batch of {config.batch_size}; lower batch_size"
+                f"train: {len(items)} images make no batch of {config.batch_size}; lower batch_size"
             )
         shares = world_size() * config.accumulate
         if config.batch_size % shares:
             raise UserError(
                 f"batch_size={config.batch_size} is not a multiple of {shares}, as it must be"
             )
-        self._names, self._config, self._omitted, self._stream = names, config, omitted, stream
+        self._items, self._config, self._omitted, self._stream = items, config, omitted, stream
         self._lost: set[int] = set()
         self._order = Order(
-            len(names),
+            len(items),
             config.batch_size,
             world_size=world_size(),
             rank=rank(),
@@ -97,7 +100,9 @@ class TrainingSamples(Generic[T]):
         workers = share_of_cores() if self._config.workers is None else self._config.workers
         loader = DataLoader(
             self._made,
-            batch_sampler=_Tasks(self._order, (self._config.seed, self._stream), start, stop),
+            batch_sampler=_Tasks(
+                self._order, self._items, (self._config.seed, self._stream), start, stop
+            ),
             num_workers=workers,
             collate_fn=_collate,
             multiprocessing_context=worker_context() if workers else None,
@@ -111,19 +116,20 @@ class TrainingSamples(Generic[T]):
 
     def _instead(self, record: "_Record", reason: str) -> T:
         """The sample of the next image that can be decoded."""
-        for step in range(1, len(self._names) + 1):
+        for step in range(1, len(self._items) + 1):
             if record.number not in self._lost:
                 self._lost.add(record.number)
-                name = str(self._names[record.number])
+                name = str(self._items[record.number])
                 self._omitted.add("train: image not readable", f"{name}: {reason}")
-            if step == len(self._names):
+            if step == len(self._items):
                 break
-            record = _Record((record.number + 1) % len(self._names), record.key)
+            number = (record.number + 1) % len(self._items)
+            record = _Record(number, record.key, self._items[number])
             shown = self._made[record][1]
             if not isinstance(shown, str):
                 return shown
             reason = shown
-        raise UserError(f"train: none of {len(self._names)} images can be decoded")
+        raise UserError(f"train: none of {len(self._items)} images can be decoded")
 
 
 class _Record(NamedTuple):
@@ -131,13 +137,17 @@ class _Record(NamedTuple):
 
     number: int  # of the image
     key: int  # of its draws
+    item: Any
 
 
 class _Tasks:
     """The samples of every micro-batch."""
 
-    def __init__(self, order: Order, key: tuple[int, int], start: int, stop: int) -> None:
-        self._order, self._key, self._start, self._stop = order, key, start, stop
+    def __init__(
+        self, order: Order, items: Sequence[Any], key: tuple[int, int], start: int, stop: int
+    ) -> None:
+        self._order, self._items, self._key = order, items, key
+        self._start, self._stop = start, stop
 
     def __len__(self) -> int:
         return (self._stop - self._start) * self._order.accumulate
@@ -149,7 +159,7 @@ class _Tasks:
             key = np.asarray(key_of(*self._key, epoch))
             for batch in self._order.batches(epoch, step)[:left]:
                 keys = fold_np(key, batch).tolist()
-                yield [_Record(number, key) for number, key in zip(batch.tolist(), keys)]
+                yield [_Record(n, k, self._items[n]) for n, k in zip(batch.tolist(), keys)]
                 left -= 1
             epoch, step = epoch + 1, 0
 
@@ -157,13 +167,13 @@ class _Tasks:
 class _Made(Dataset, Generic[T]):
     """From a record to its sample, in a worker process or not."""
 
-    def __init__(self, show: Show[T]) -> None:
+    def __init__(self, show: Show[Any, T]) -> None:
         self._show = show
 
     def __getitem__(self, record: _Record) -> tuple[_Record, T | str]:
         """Return the sample, or why there is none, with its record."""
         try:
-            return record, self._show(record.number, Draws(np.uint64(record.key)))
+            return record, self._show(record.item, Draws(np.uint64(record.key)))
         except UNREADABLE as error:
             return record, " ".join(str(error).split()) or type(error).__name__
 
