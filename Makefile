@@ -18,7 +18,7 @@ KERNEL ?=
 JOBS   ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify preview pretrain eval export visualise report compare doctor chaos bench bench-step bench-data test lint
+.PHONY: help setup shards verify preview pretrain eval export visualise report compare doctor chaos fuzz bench bench-step bench-data test lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ doctor: setup ## what this machine has, whether it works, what a run would need 
 
 chaos: setup ## faults of a run tried one by one: does it end with the same weights, or say why not   [ARGS="--loaders ffcv --only sigterm"]
 	@$(PY) -m dense_ssl.chaos $(ARGS)
+
+fuzz: setup ## damaged and hostile files for every reader: does it crash, hang, fill the memory   [ARGS="--minutes 10 --only coco,zip"]
+	@$(PY) -m dense_ssl.fuzz $(ARGS)
 
 bench: setup $(VENV)/bench.stamp ## every kernel beside torch, torch.compile and public rivals   [KERNEL=queue_info_nce ARGS=--write-results]
 	@TORCH_CPP_LOG_LEVEL=ERROR $(PY) -m kernels.bench $(KERNEL) $(ARGS)

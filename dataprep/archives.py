@@ -57,7 +57,7 @@ def scan_zip(path: Path, split: str) -> Scanned:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:  # of a damaged directory zipfile raises anything at all
         raise DataError(f"{path}: not readable as a zip file: {error}") from None
     for member in members:
         name = member.filename
@@ -116,7 +116,7 @@ def scan_tar(path: Path, split: str) -> Scanned:
     try:
         with path.open("rb") as file:
             scan(file, 0, prefix, False)
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, IndexError, OverflowError) as error:
         raise DataError(f"{path}: not readable as an uncompressed tar file: {error}") from None
     return found, skipped
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataprep import plain_json
 from dataprep.encode import EncodeOptions, versions
 from dataprep.files import write_whole
 from dataprep.manifest import MANIFEST, DataError, Manifest
@@ -70,7 +71,11 @@ def same_job(job: Job, listing: Listing, work: Path) -> bool:
     if not path.is_file():
         write_whole(path, json.dumps(mine).encode(), work)
         return False
-    begun = json.loads(path.read_text())
+    try:
+        found = plain_json.read(path)
+        begun = {key: found[key] for key in mine}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: not readable; delete {job.out} to begin anew") from None
     _compare(job, begun, mine, "an unfinished conversion")
     for key, what in (("listing", "the source has changed"), ("versions", "a library has changed")):
         if begun[key] != mine[key]:

@@ -14,21 +14,25 @@ A shard set is a folder:
 """
 
 import hashlib
-import json
 import os
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
+from dataprep import plain_json
 from dataprep.write_ffcv import read_allocations
 
 FORMAT = "shards/1"
 MANIFEST = "manifest.json"
+KEYS: dict[str, type] = {
+    "num_images": int, "formats": list, "classes": list, "source": dict, "options": dict,
+    "versions": dict, "files": dict, "num_quarantined": int,
+}  # fmt: skip
 BETON = "ffcv/images.beton"
 CHUNK = 1 << 20
 
@@ -94,7 +98,9 @@ class Manifest:
         """The id of each record: its path within the source."""
         path = self.root / "names.txt"
         try:
-            names = tuple(json.loads(line) for line in path.read_text().splitlines())
+            names = tuple(plain_json.parse(line) for line in path.read_bytes().splitlines())
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError
         except ValueError:
             raise DataError(f"{path}: not a JSON string a line; convert the set again") from None
         if len(names) != self.num_images:
@@ -130,8 +136,8 @@ class RecordReader:
         self.manifest = manifest
         self._kind = kind or ("dali" if "dali" in manifest.formats else "ffcv")
         if self._kind == "dali":
-            located = [read_index(path.with_suffix(".idx")) for path in manifest.shards]
             paths = manifest.shards
+            located = [read_index(path.with_suffix(".idx")) for path in paths]
             offsets = np.concatenate([table[:, 0] for table in located])
             lengths = np.concatenate([table[:, 1] for table in located])
             owner = np.repeat(np.arange(len(located)), [len(table) for table in located])
@@ -146,6 +152,11 @@ class RecordReader:
             raise DataError(
                 f"{manifest.root}: its index holds {len(offsets)} records, its manifest "
                 f"{manifest.num_images}; convert it again"
+            )
+        ends = np.array([path.stat().st_size for path in paths], np.int64)[owner]
+        if (offsets < 0).any() or (lengths < 1).any() or (lengths > ends - offsets).any():
+            raise DataError(
+                f"{manifest.root}: its index points outside its files; convert it again"
             )
         self._paths, self._offsets, self._lengths, self._owner = paths, offsets, lengths, owner
         self._files = [os.open(path, os.O_RDONLY) for path in paths]
@@ -196,14 +207,15 @@ def read_index(path: Path) -> np.ndarray:
     Raises:
         DataError: the file is not an index as written here.
     """
-    lines = path.read_text().splitlines()
     try:
+        lines = path.read_text().splitlines()
         version, count = lines[0].split()
         rows = [line.split() for line in lines[1:]]
         table = np.array([[int(row[1]), int(row[2])] for row in rows], dtype=np.int64)
-    except (IndexError, ValueError):
+        table = table.reshape(int(count), 2)
+    except (IndexError, ValueError, OverflowError):
         raise DataError(f"{path}: not a webdataset index; convert the set again") from None
-    if version != "v1.2" or int(count) != len(table) or any(row[0] != "jpg" for row in rows):
+    if version != "v1.2" or any(row[0] != "jpg" for row in rows):
         raise DataError(f"{path}: not an index of this project; convert the set again")
     return table
 
@@ -215,15 +227,18 @@ def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarra
         DataError: it has not.
     """
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        # Mapped first: a header may claim any size, a map only what the file has.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception:  # a damaged header can raise anything at all
         raise DataError(f"{path}: not readable as an array; convert the set again") from None
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: an archive of arrays, not one; convert the set again")
     if array.dtype != dtype or array.shape != shape:
         raise DataError(
             f"{path}: {array.dtype} {list(array.shape)} where {dtype} {list(shape)} is expected; "
             "convert the set again"
         )
-    return array
+    return np.array(array)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -242,17 +257,54 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{root}: no {MANIFEST}, so not a shard set; make one with `make shards`")
     try:
-        data = json.loads(path.read_text())
+        data = plain_json.read(path)
         known = data["format"]
-        keys = ("num_images", "formats", "classes", "source", "options", "versions", "files")
-        missing = [key for key in (*keys, "num_quarantined") if key not in data]
+        missing = [key for key in KEYS if key not in data]
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError(f"{path}: not readable as a manifest; convert the set again") from None
     if known != FORMAT:
-        raise DataError(f"{path}: format {known!r} where this code reads {FORMAT!r}; convert again")
+        raise DataError(
+            f"{path}: format {known!r:.40} where this code reads {FORMAT!r}; convert again"
+        )
     if missing:
         raise DataError(f"{path}: lacks {', '.join(missing)}; convert the set again")
+    wrong = [key for key, kind in KEYS.items() if not isinstance(data[key], kind)]
+    if not wrong:
+        wrong = [key for key, sound in _CHECKS.items() if not sound(data)]
+    if wrong:
+        raise DataError(f"{path}: garbled at {', '.join(wrong)}; convert the set again")
     return data
+
+
+def _are_entries(files: Mapping[str, Any]) -> bool:
+    """Return whether these are files below the set's folder, each with its size and hash."""
+    return all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        and not PurePath(name).is_absolute()
+        and ".." not in PurePath(name).parts
+        and "\0" not in name
+        for name, entry in files.items()
+    )
+
+
+def _are_formats(data: Mapping[str, Any]) -> bool:
+    """Return whether these are formats, each with its files."""
+    made = data["formats"]
+    listed = {
+        "ffcv": BETON in data["files"],
+        "dali": any(n.endswith(".tar") for n in data["files"]),
+    }
+    return bool(made) and all(isinstance(kind, str) and listed.get(kind, False) for kind in made)
+
+
+_CHECKS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "num_images": lambda data: data["num_images"] >= 1,
+    "files": lambda data: _are_entries(data["files"]),
+    "formats": _are_formats,
+    "classes": lambda data: all(isinstance(name, str) for name in data["classes"]),
+}
 
 
 def _close_all(files: list[int]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dataprep import plain_json
 from dataprep.encode import BadImage, EncodeOptions, encode
 from dataprep.files import replacing, write_whole
 from dataprep.manifest import DataError, record_checksum
@@ -180,7 +181,7 @@ def payloads(records: Records, start: int, stop: int) -> Iterator[memoryview]:
 
 def _load(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.with_suffix(".json").read_text())
+        return plain_json.read(path.with_suffix(".json"))
     except (FileNotFoundError, ValueError):
         return None
 

@@ -8,8 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataprep import plain_json
+from dense_ssl import plain_torch
 from dense_ssl.config import UserError
 
 logger = logging.getLogger("dense_ssl")
 
 FORMAT = "dense_ssl/1"
+PARTS: dict[str, type] = {
+    "step": int, "config": dict, "data": dict,
+    "method": dict, "optimizer": dict, "scaler": dict, "meter": dict,
+}  # fmt: skip
 
 
 def save(folder: Path, payload: dict[str, Any], keep: int, keep_every: int | None = None) -> Path:
@@ -91,7 +95,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     for path in candidates:
         problem = check(path)
         if problem is None:
-            return read(path)
+            return _complete(read(path), path)
         logger.warning("%s: %s; going back to the checkpoint before it", path, problem)
     if candidates:
         raise UserError(
@@ -103,7 +107,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
 def check(path: Path) -> str | None:
     """Return what is wrong with a checkpoint file, or None."""
     try:
-        record = json.loads(path.with_suffix(".json").read_text())
+        record = plain_json.read(path.with_suffix(".json"))
         expected = record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return "its checksum file is missing or unreadable"
@@ -126,11 +130,23 @@ def read(path: Path) -> dict[str, Any]:
         UserError: not a checkpoint of this project, or damaged.
     """
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        payload = plain_torch.load(path)
+    except (OSError, plain_torch.NotPlain) as error:
         raise UserError(f"{path}: not readable as a checkpoint ({_reason(error)})") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this project (no format {FORMAT!r})")
+    return payload
+
+
+def _complete(payload: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a payload that has all a run resumes from.
+
+    Raises:
+        UserError: naming what it lacks.
+    """
+    lacking = [name for name, kind in PARTS.items() if not isinstance(payload.get(name), kind)]
+    if lacking:
+        raise UserError(f"{path}: nothing to resume from, it lacks {', '.join(lacking)}")
     return payload
 
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dense_ssl.checkpoint import write_atomically
-from dense_ssl.config import UserError
+from dense_ssl.config import UserError, read_yaml
 from dense_ssl.reference import Reference, judge
 from dense_ssl.report.curves import CONSTANT, WATCHED
 from dense_ssl.report.facts import setting
@@ -58,8 +56,8 @@ def read_run(path: Path) -> Run:
         UserError: it is no run folder.
     """
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        config = read_yaml(path / "config.yaml")
+    except UserError:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path}: no readable config.yaml in it; is it a run folder?")

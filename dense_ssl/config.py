@@ -13,6 +13,8 @@ from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dense_ssl import plain_yaml
+
 
 class UserError(ValueError):
     """What the user typed or pointed at is wrong; programs print it alone and exit with 2."""
@@ -41,15 +43,26 @@ def load(model: type[ConfigT], path: Path, overrides: Iterable[str] = ()) -> Con
     """
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of sections at the top, found {data!r:.60}")
     for override in overrides:
         apply_override(data, override)
     return validate(model, data, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the plain data in a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or expands to more than any recipe needs.
+    """
+    try:
+        return plain_yaml.parse(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (plain_yaml.NotPlain, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
 
 
 def validate(model: type[ConfigT], data: Mapping[str, Any], origin: str) -> ConfigT:
@@ -71,8 +84,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override {override!r}: write it as key.sub=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = plain_yaml.parse(text)
+    except plain_yaml.NotPlain as error:
         raise UserError(f"override {override!r}: {_first_line(error)}") from None
     *parents, last = key.split(".")
     node: Any = data

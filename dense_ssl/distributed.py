@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from dense_ssl.config import UserError
+from dense_ssl.fresh_store import fresh
 from dense_ssl.rng import key_of
 
 _SHUFFLE = 0x5B  # stream of the batch-shuffle permutations
@@ -36,17 +39,20 @@ def init_world(device: str, patience: timedelta = timedelta(minutes=20)) -> Worl
 
     Raises:
         UserError: CUDA is asked for and there is none, or there are fewer GPUs than local ranks.
+        GaveUp: another rank does not come.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     where = _device(device, local_rank)
     if size == 1:
         return World(rank=0, size=1, device=where, flags=None)
-    backend = "nccl" if where.type == "cuda" else "gloo"
+    met, rank, size = next(rendezvous("env://", timeout=patience))
+    store = fresh(met, rank, size, patience)
+    place: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
     if where.type == "cuda":
-        dist.init_process_group(backend, timeout=1.5 * patience, device_id=where)
+        dist.init_process_group("nccl", timeout=1.5 * patience, device_id=where, **place)
     else:
-        dist.init_process_group(backend, timeout=patience)
+        dist.init_process_group("gloo", timeout=patience, **place)
     flags = dist.new_group(backend="gloo", timeout=patience)
     assert isinstance(flags, dist.ProcessGroup)
     return World(rank=dist.get_rank(), size=size, device=where, flags=flags)
@@ -102,6 +108,15 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     x = x.clone()
     dist.all_reduce(x)
     return x / world_size()
+
+
+def largest(number: int, world: World) -> int:
+    """Return the largest of all ranks' numbers."""
+    if world.size == 1:
+        return number
+    x = torch.tensor([number], dtype=torch.int64)
+    dist.all_reduce(x, op=dist.ReduceOp.MAX, group=world.flags)
+    return int(x.item())
 
 
 def shuffle_indices(perm: Tensor, G: int) -> list[Tensor]:

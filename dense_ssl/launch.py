@@ -16,16 +16,35 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from dense_ssl.micro_batches import noted
+from dense_ssl.run_config import RunConfig
+
+logger = logging.getLogger("dense_ssl")
+
 STOPPED = 75
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SAVING_S = 240  # what ranks may take to end their step and save; schedulers are asked for 300
 
 
-def launch_ranks(ranks: int, argv: list[str], nodes: int = 1, rendezvous: str | None = None) -> int:
+def launch_ranks(
+    ranks: int, argv: list[str], config: RunConfig, nodes: int = 1, rendezvous: str | None = None
+) -> int:
     """Run `python -m dense_ssl.pretrain ARGV` on `ranks` ranks here; return the exit code for all.
 
-    With `nodes` > 1 every machine runs this; they find one another at `rendezvous`, HOST:PORT of the first.
+    Where memory has run short they are started once more, with as many images at a time as the run has
+    noted. With `nodes` > 1 every machine runs this; they find one another at `rendezvous`, HOST:PORT of the
+    first. `config` is what ARGV says.
     """
+    before = noted(config)
+    code = _launched(ranks, argv, nodes, rendezvous)
+    while code == STOPPED and noted(config) != before:
+        before = noted(config)
+        logger.warning("starting again with %d images at a time", before)
+        code = _launched(ranks, argv, nodes, rendezvous)
+    return code
+
+
+def _launched(ranks: int, argv: list[str], nodes: int, rendezvous: str | None) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS  # what older agents read
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from dataprep import plain_json
 from dense_ssl.config import UserError
 from dense_ssl.watch import RECORDS
 
@@ -33,7 +34,8 @@ def setup_logging(rank: int) -> None:
 class Meter:
     """Sums of device-side scalars since the last reading."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
@@ -54,9 +56,9 @@ class Meter:
         """Return the sums, so that a resumed run logs the same means."""
         return {"sums": dict(self._sums), "count": self._count}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from sums saved by `state_dict`."""
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
         self._count = int(state["count"])
 
 
@@ -155,12 +157,13 @@ def keep_lines_before(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = plain_json.parse(line)
         except ValueError:
             break
-        if record["step"] > step:
+        at = record.get("step") if isinstance(record, dict) else None
+        if not isinstance(at, int) or at > step:
             break
         kept.append(line)
     aside = path.with_suffix(".writing")

@@ -2,9 +2,14 @@
 
 Halving changes what `train.accumulate` twice as large would have changed, and nothing else: the same samples
 make up the step, each micro-batch draws its noise by its own number, and BatchNorm sees smaller groups.
+
+One process makes the step again at once. Of several ranks only one may have run short, while the others wait
+for it in the middle of a collective; so all of them end, with a note in the run's folder, and the next start
+goes on from the last checkpoint as if `train.micro_batch` asked for halves.
 """
 
 import gc
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -13,14 +18,20 @@ from typing import NoReturn
 
 import torch
 
-from dense_ssl.config import UserError
+from dataprep import plain_json
+from dense_ssl.checkpoint import write_atomically
+from dense_ssl.config import GaveUp, UserError
 from dense_ssl.crops import Crops, MultiCropBatch
+from dense_ssl.distributed import World, largest
 from dense_ssl.events import note
 from dense_ssl.log import StepClock
 from dense_ssl.run_config import RunConfig
 from dense_ssl.views import ViewSpec
 
 logger = logging.getLogger("dense_ssl")
+
+NOTE = "micro_batch.json"  # in the run's folder: {"micro_batch": the most images at a time}
+_NO_LIMIT = 1 << 30
 
 
 class MicroBatches:
@@ -30,9 +41,9 @@ class MicroBatches:
         parts: pieces that each batch of the loader is cut into.
     """
 
-    def __init__(self, config: RunConfig, micro_batch: int, world_size: int) -> None:
+    def __init__(self, config: RunConfig, micro_batch: int, world: World) -> None:
         self.parts = 1
-        self._config, self._micro_batch, self._world_size = config, micro_batch, world_size
+        self._config, self._micro_batch, self._world = config, micro_batch, world
         self._given: list[MultiCropBatch] = []  # by the loader, for this step
 
     @property
@@ -73,17 +84,26 @@ class MicroBatches:
         """Cut micro-batches into halves from now on, and say so.
 
         Raises:
-            UserError: they cannot be halved any more, or several ranks would have to agree on it.
+            UserError: they cannot be halved any more.
+            GaveUp: there are other ranks; the next start goes on in halves, by the note this leaves.
         """
         size = self._micro_batch // (2 * self.parts)
-        if self._world_size > 1 or not self._may_be(size):
-            explain(error, self._config, self.count if self._may_be(size) else None)
+        if not self._may_be(size):
+            explain(error, self._config)
         self.parts *= 2
-        logger.warning(
-            "%s: from here on %d micro-batches of %d images make up a step, as with train.accumulate=%d",
-            _first_line(error), self.count, size, self.count,
-        )  # fmt: skip
-        note(Path(self._config.run.dir), "halved", micro_batches=self.count, images=size)
+        folder = Path(self._config.run.dir)
+        note(folder, "halved", micro_batches=self.count, images=size)
+        if self._world.size == 1:
+            logger.warning(
+                "%s: from here on %d micro-batches of %d images make up a step, as with train.accumulate=%d",
+                _first_line(error), self.count, size, self.count,
+            )  # fmt: skip
+            return
+        write_atomically(folder / NOTE, json.dumps({"micro_batch": size}).encode())
+        raise GaveUp(
+            f"{_first_line(error)}: from the last checkpoint on a rank takes {size} images at a time, as "
+            f"with train.micro_batch={size}; the same command goes on"
+        )
 
     def _may_be(self, size: int) -> bool:
         """Return whether micro-batches may be of `size` images."""
@@ -95,6 +115,29 @@ class MicroBatches:
             and size // groups > 1  # BatchNorm needs two of them
             and all(int(view.part * size) >= 1 for view in method.views)
         )
+
+
+def limited(config: RunConfig, world: World) -> RunConfig:
+    """Return the configuration with `train.micro_batch` as small as its run has been brought to."""
+    limits = [limit for limit in (config.train.micro_batch, noted(config)) if limit is not None]
+    # The same on all ranks, whatever their file system shows them: the smallest.
+    least = -largest(-min(limits, default=_NO_LIMIT), world)
+    if least == _NO_LIMIT:
+        return config
+    train = config.train.model_copy(update={"micro_batch": least})
+    return config.model_copy(update={"train": train})
+
+
+def noted(config: RunConfig) -> int | None:
+    """Return the most images at a time that this run has been brought to, None without a note."""
+    path = Path(config.run.dir) / NOTE
+    try:
+        return max(int(plain_json.read(path)["micro_batch"]), 1)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        logger.warning("%s: not readable, and left aside", path)
+        return None
 
 
 def cut(batch: MultiCropBatch, views: Sequence[ViewSpec], parts: int) -> Iterator[MultiCropBatch]:
@@ -124,24 +167,15 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def explain(
-    error: torch.OutOfMemoryError, config: RunConfig, micro_batches: int | None = None
-) -> NoReturn:
+def explain(error: torch.OutOfMemoryError, config: RunConfig) -> NoReturn:
     """Refuse to go on without enough memory, with what would help.
-
-    Args:
-        error: what was raised.
-        config: of the run.
-        micro_batches: of a step so far, where twice as many are possible.
 
     Raises:
         UserError: always.
     """
-    accumulate = micro_batches or config.train.accumulate
-    smaller = "" if micro_batches is None else f"train.accumulate={2 * accumulate}, "
+    checkpointed = "" if config.run.checkpoint_gradients else "run.checkpoint_gradients=true or "
     raise UserError(
-        f"{_first_line(error)}: take {smaller}run.checkpoint_gradients=true or a smaller "
-        "train.batch_size; the checkpoints are intact"
+        f"{_first_line(error)}: take {checkpointed}a smaller train.batch_size; the checkpoints are intact"
     ) from None
 
 

@@ -36,11 +36,11 @@ from dense_ssl.loaders.prefetch import Prefetcher
 from dense_ssl.log import Meter, RunLog, StepClock, logger, peak_memory_gb, setup_logging
 from dense_ssl.lost_ranks import named
 from dense_ssl.methods import Method, Step, make_method, warn_of_own_keys
-from dense_ssl.micro_batches import MicroBatches, explain, free_memory
+from dense_ssl.micro_batches import MicroBatches, explain, free_memory, limited
 from dense_ssl.optim import apply_schedules, clip_gradients, freeze, make_optimizer
 from dense_ssl.rng import key_of
 from dense_ssl.run_config import RunConfig, RunSection, recipe_path, with_defaults
-from dense_ssl.rundir import check_same_run, claimed, data_fingerprint
+from dense_ssl.rundir import check_same_run, claimed, data_fingerprint, restore
 from dense_ssl.shares import shared
 from dense_ssl.signals import StopRequest
 from dense_ssl.step_context import autocast, seed_noise
@@ -77,8 +77,10 @@ def main(argv: list[str]) -> int:
             )
         if args.gpus * args.nodes > 1 and "RANK" not in os.environ:
             given = [args.recipe, *args.overrides]
-            return launch_ranks(args.gpus, given, args.nodes, args.rendezvous)
+            return launch_ranks(args.gpus, given, config, args.nodes, args.rendezvous)
         return train(config)
+    except GaveUp as error:
+        _leave(error)
     except (UserError, DataError, launch.ChoiceError) as error:
         return _refuse(str(error))
     except OSError as error:
@@ -96,7 +98,9 @@ def train(config: RunConfig) -> int:
     try:
         with StopRequest() as stop, claimed(Path(config.run.dir), world.rank), named(world):
             try:
-                return _train(config, shared(config, world.size), world, stop)
+                return _train(config, shared(limited(config, world), world.size), world, stop)
+            except GaveUp:
+                raise
             except UserError as error:
                 if world.rank == 0:
                     events.ended(Path(config.run.dir), "refused", reason=str(error))
@@ -141,8 +145,8 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
     photometry = Photometry(views, seed=train_cfg.seed).to(world.device)
     optimizer = make_optimizer(method.param_groups(), config.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=train_cfg.precision == "fp16")
-    meter = Meter()
-    micro_batches = MicroBatches(config, order.micro_batch, world.size)
+    meter = Meter(world.device)
+    micro_batches = MicroBatches(config, order.micro_batch, world)
 
     # --- resume ------------------------------------------------------------------------------------
     fingerprint = data_fingerprint(source.sizes)
@@ -152,10 +156,8 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
         saved["config"] = with_defaults(saved["config"])
         check_same_run(saved, recipe.model_dump(mode="json"), fingerprint)
         done = int(saved["step"])
-        method.load_state_dict(saved["method"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        meter.load_state_dict(saved["meter"], world.device)
+        loads = {"method": method, "optimizer": optimizer, "scaler": scaler, "meter": meter}
+        restore(saved, run_cfg.dir, {name: part.load_state_dict for name, part in loads.items()})
         micro_batches.resume(saved.get("micro_batch"))
         del saved
     elif train_cfg.init is not None:

@@ -9,9 +9,7 @@ Exit codes: 0 the step was repeated, 2 the bundle cannot be used.
 """
 
 import argparse
-import pickle
 import sys
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dense_ssl import plain_torch
 from dense_ssl.augment import Photometry
 from dense_ssl.config import UserError, validate
 from dense_ssl.crops import Crops, MultiCropBatch
@@ -83,14 +82,33 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--layers", type=int, default=12, help="how many to show (default 12)")
     args = parser.parse_args(argv)
     try:
-        bundle = read_bundle(args.bundle)
-        replay = repeat(bundle, torch.device(args.device))
+        bundle, replay = replayed(args.bundle, torch.device(args.device))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     sys.stdout.write(f"{args.bundle}: step {bundle['step']['index']}, rank {bundle['rank']}\n")
     sys.stdout.write(described(replay, args.layers) + "\n")
     return 0
+
+
+def replayed(path: Path, device: torch.device) -> tuple[dict[str, Any], Replay]:
+    """Return a bundle, and what its step shows when it is made again.
+
+    Raises:
+        UserError: it is no bundle, damaged, or not of this version.
+    """
+    bundle = read_bundle(path)
+    try:
+        return bundle, repeat(bundle, device)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}; take --device cpu") from None
+    except Exception as error:  # tensors of any shape, names and numbers of any kind
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: its step cannot be repeated, at least by this version ({reason})"
+        ) from None
 
 
 def read_bundle(path: Path) -> dict[str, Any]:
@@ -102,9 +120,9 @@ def read_bundle(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such bundle; a run writes them to its folder incidents/")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not readable: {str(error).splitlines()[0][:150]}") from None
+        payload = plain_torch.load(path)
+    except (OSError, plain_torch.NotPlain) as error:
+        raise UserError(f"{path}: not readable: {str(error)[:150]}") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise UserError(f"{path}: not a bundle (no format {FORMAT!r})")
     return payload

@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,24 @@ def check_same_run(
             f"{folder} was trained on {saved['data']['images']} images, and {config['data']['path']} "
             f"holds {fingerprint['images']} others; give the same data, or take another RUN"
         )
+
+
+def restore(
+    saved: Mapping[str, Any], folder: str, parts: Mapping[str, Callable[[Any], Any]]
+) -> None:
+    """Load each part of a run from its checkpoint: {name in the checkpoint: what loads it}.
+
+    Raises:
+        UserError: one does not fit, though the recipe is the same: another version wrote it, or nobody did.
+    """
+    for name, load in parts.items():
+        try:
+            load(saved[name])
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{folder}: its checkpoint's {name} does not fit this recipe ({reason}); take another RUN"
+            ) from None
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

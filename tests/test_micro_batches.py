@@ -1,6 +1,7 @@
 """Short memory halves micro-batches, and what comes of it is what more accumulation would have made."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,15 @@ import yaml
 
 from dataprep.synthetic import write_random_images
 from dense_ssl import pretrain
-from dense_ssl.config import UserError, validate
+from dense_ssl.config import GaveUp, validate
 from dense_ssl.crops import MultiCropBatch
+from dense_ssl.distributed import World
 from dense_ssl.loaders import DataConfig, make_loader
 from dense_ssl.loaders.order import Order
 from dense_ssl.methods.moco import MoCo
-from dense_ssl.micro_batches import MicroBatches, cut
+from dense_ssl.micro_batches import MicroBatches, cut, limited, noted
 from dense_ssl.run_config import RunConfig
+from dense_ssl.shares import shared
 from dense_ssl.views import ViewSpec
 
 VIEWS = (
@@ -130,8 +133,17 @@ def test_what_cannot_be_halved_is_refused_in_one_sentence(recipe, room, tmp_path
     assert run(capsys, recipe("small"))[0] == 0  # nothing was lost
 
 
-def test_several_ranks_are_told_the_key(images):
-    config = validate(RunConfig, yaml.safe_load(RECIPE.format(images=images, run="r")), "test")
-    several = MicroBatches(config, micro_batch=8, world_size=2)
-    with pytest.raises(UserError, match=r"take train\.accumulate=2, "):
-        several.halve(torch.OutOfMemoryError("CUDA out of memory."))
+def test_several_ranks_leave_a_note_for_the_next_start(images, tmp_path):
+    text = RECIPE.format(images=images, run=tmp_path)
+    config = validate(RunConfig, yaml.safe_load(text), "test")
+    alone = World(rank=0, size=1, device=torch.device("cpu"), flags=None)
+    assert noted(config) is None
+    assert limited(config, alone) == config
+    with pytest.raises(GaveUp, match=r"takes 4 images at a time, as with train\.micro_batch=4"):
+        MicroBatches(config, micro_batch=8, world=replace(alone, rank=1, size=2)).halve(
+            torch.OutOfMemoryError("CUDA out of memory.")
+        )
+    assert noted(config) == 4
+    assert shared(limited(config, alone), ranks=1).train.accumulate == 2
+    (tmp_path / "micro_batch.json").write_text("{}")
+    assert noted(config) is None

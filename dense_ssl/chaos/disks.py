@@ -33,6 +33,14 @@ def release(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def release_below(folder: Path) -> None:
+    """Undo every mount below `folder`, the deepest first."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    points = [Path(line.split()[4]) for line in lines]
+    for point in sorted((p for p in points if p.is_relative_to(folder.resolve())), reverse=True):
+        _ran("umount", "--lazy", str(point))
+
+
 def fill(disk: Path) -> None:
     """Leave no room on a small disk; or, where it is none, let this process write no file any further."""
     if not _mounted(disk):

@@ -9,6 +9,7 @@ TRAINING = (EPOCH, MIDDLE, WRITE)
 PLACES = (*TRAINING, CONVERSION, EVALUATION)
 LOADERS = ("ffcv", "dali", "folder")
 NO_LOADER = "-"  # conversion and evaluation read images by themselves
+NO_FAULT = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Fault:
     name: str  # for --only
     title: str
     ranks: int = 1  # of the training it strikes
+    loaders: Sequence[str] = LOADERS  # fewer where the loader plays no part
     otherwise: Mapping[str, str] = field(
         default_factory=dict, hash=False
     )  # place -> why it does not apply
@@ -41,6 +43,10 @@ class Case:
 _NO_GRADIENT = {CONVERSION: "no number is learned", EVALUATION: "no gradient, and no float input"}
 _NO_NAME = {WRITE: "a checkpoint has no name before it is whole: SIGKILL there"}
 _NO_READING = {WRITE: "no record is read there"}
+_ONE_PROCESS = {
+    CONVERSION: "no ranks; its workers: SIGKILL of one rank",
+    EVALUATION: "one process",
+}
 
 FAULTS = (
     Fault("sigterm", "SIGTERM"),
@@ -48,6 +54,10 @@ FAULTS = (
         "kill-one", "SIGKILL of one rank", ranks=2, otherwise={EVALUATION: "one process: the next"}
     ),
     Fault("kill-all", "SIGKILL of all ranks", ranks=2),
+    Fault(
+        "restarted", "SIGKILL of one rank, torchrun --max-restarts", ranks=2, otherwise=_ONE_PROCESS
+    ),
+    Fault("hung", "hung rank", ranks=2, loaders=LOADERS[-1:], otherwise=_ONE_PROCESS),
     Fault("disk-full", "disk full"),
     Fault("truncated", "truncated checkpoint", otherwise=_NO_NAME),
     Fault("flipped", "bit-flipped checkpoint", otherwise=_NO_NAME),
@@ -61,6 +71,7 @@ FAULTS = (
         "out of memory raised",
         otherwise={CONVERSION: "the kernel ends a worker: SIGKILL of one rank"},
     ),
+    Fault("memory-ranks", "out of memory on one of two ranks", ranks=2, otherwise=_ONE_PROCESS),
     Fault(
         "stalled",
         "stalled loader worker",
@@ -93,4 +104,5 @@ def _cells(loaders: Sequence[str]) -> Iterator[Case]:
     for fault in FAULTS:
         for place in PLACES:
             for loader in loaders if place in TRAINING else (NO_LOADER,):
-                yield Case(fault, place, loader)
+                if loader in (NO_LOADER, *fault.loaders):
+                    yield Case(fault, place, loader)

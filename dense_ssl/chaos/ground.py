@@ -31,7 +31,7 @@ run: {{dir: "", device: cpu, checkpoint_every_steps: {SAVE_EVERY}, log_every_ste
 """
 # What a log says of the machine, or counts from the start of the process, is no part of a result.
 NO_RESULT = ("images_per_s", "data_wait", "eta_s", "replaced", "refused")
-NOT_OF_AN_EVALUATION = ("time", "seconds", "memory_gb", "checkpoint", "data")
+NOT_OF_AN_EVALUATION = ("time", "seconds", "memory_gb", "checkpoint", "data", "question")
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Ground:
             write_class_folders(self.classes / split, 3, 8, seed, (40, 48))
         arguments = self.conversion(self.shards, self.images)
         succeeded(self.run("none", CONVERSION, arguments, "shards"), "the conversion of the data")
+        self.nursery.warm(self.shards)
 
     # --- commands ----------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from dataprep.progress import Progress
 from dense_ssl import pretrain
 from dense_ssl.chaos import disks
-from dense_ssl.chaos.faults import CONVERSION, EPOCH, EVALUATION, MIDDLE, WRITE
+from dense_ssl.chaos.faults import CONVERSION, EPOCH, EVALUATION, MIDDLE, NO_FAULT, WRITE
 from dense_ssl.chaos.processes import below
 from dense_ssl.crops import Crops, MultiCropBatch
 from dense_ssl.evaluation import features
@@ -59,8 +59,8 @@ def injected(fault: str, place: str, arguments: Sequence[str]) -> Iterator[None]
 
 def patches(fault: str, place: str, arguments: Sequence[str]) -> list[Patch]:
     """Return what is replaced."""
-    if "--gpus" in arguments and "RANK" not in os.environ:
-        return [_in_every_rank(fault, place)]
+    if fault == NO_FAULT:
+        return []
     if fault == "clock":
         return _clock(place)
     if fault == "stalled":
@@ -151,6 +151,11 @@ def _action(fault: str, place: str, arguments: Sequence[str]) -> Action:
         return lambda: os.kill(os.getpid(), signal.SIGTERM)
     if fault == "kill-one":
         return _kill_a_worker if place == CONVERSION else lambda: _kill_one_rank(place)
+    if fault == "restarted":
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        return lambda: _kill_one_rank(place) if first else None
+    if fault == "hung":
+        return lambda: _hang() if _is_struck(place) else None
     if fault == "kill-all":
         return _kill_all
     folder = folder_of(place, arguments)
@@ -178,9 +183,13 @@ def files_read(place: str, arguments: Sequence[str]) -> list[Path]:
     return sorted([*shards.glob("ffcv/*"), *shards.glob("dali/*")])
 
 
+def _is_struck(place: str) -> bool:
+    """Return whether this is the rank that writes, where one is written; the other one elsewhere."""
+    return int(os.environ["RANK"]) == (0 if place == WRITE else 1)
+
+
 def _kill_one_rank(place: str) -> None:
-    """End the rank that writes, where one is written; the other one elsewhere."""
-    if int(os.environ["RANK"]) == (0 if place == WRITE else 1):
+    if _is_struck(place):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -224,6 +233,13 @@ def _nan_input(forward: Callable[..., Output], batch: MultiCropBatch) -> Output:
     return forward(MultiCropBatch(views, batch.index, batch.label))
 
 
+def _out_of_memory_on_one_rank(forward: Callable[..., Output], batch: MultiCropBatch) -> Output:
+    """Have room for half of the second rank's micro-batch; the first one knows of nothing."""
+    if int(os.environ["RANK"]) == 1 and len(batch.index) > BATCH // 4:
+        _raise_out_of_memory()
+    return forward(batch)
+
+
 def _out_of_memory(forward: Callable[..., Output], batch: MultiCropBatch) -> Output:
     """Have room for half of the micro-batch."""
     if len(batch.index) > BATCH // 2:
@@ -241,6 +257,7 @@ SPOILT = {
     "nan-gradient": _nan_gradient,
     "nan-input": _nan_input,
     "memory": _out_of_memory,
+    "memory-ranks": _out_of_memory_on_one_rank,
 }
 
 
@@ -307,19 +324,3 @@ class StallingSource(sources.ShardSource):
 
 def _hang() -> None:
     threading.Event().wait()
-
-
-# --- several ranks ------------------------------------------------------------------------------------
-
-
-def _in_every_rank(fault: str, place: str) -> Patch:
-    """Return what makes torchrun's agent start `chaos.child` where it would start the command."""
-    launch = importlib.import_module("dense_ssl.launch")
-    original = launch.elastic_launch
-
-    def start(config: Any, program: str) -> Callable[..., Any]:
-        agent = original(config, program)
-        words = ("-m", "dense_ssl.chaos.child", fault, place, "--")
-        return lambda *arguments: agent(*words, *arguments[2:])
-
-    return launch, "elastic_launch", start

@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 
 from dense_ssl.chaos import child
 from dense_ssl.chaos.processes import end_all_below
 from dense_ssl.chaos.verdicts import Outcome
+from dense_ssl.loaders import DataConfig, make_loader, open_source
+from dense_ssl.loaders.order import Order
 from dense_ssl.views import ViewSpec, draw_epoch
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -43,21 +46,28 @@ class Nursery:
 
     def run(self, fault: str, place: str, arguments: Sequence[str], folder: Path) -> Outcome:
         """Return how the command ended that a fault strikes at a place; its output is kept in `folder`."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         folder.mkdir(parents=True, exist_ok=True)
         argv = [fault, place, "--", *arguments]
-        request = {"argv": argv, "folder": str(folder), "limit_s": self._limit_s}
+        answer = self._ask({"argv": argv, "folder": str(folder), "limit_s": self._limit_s})
+        out, err = (_text(folder / name) for name in ("stdout.txt", "stderr.txt"))
+        return Outcome(out=out, err=err, **answer)
+
+    def warm(self, shards: Path) -> None:
+        """Let everything be compiled, once for all commands, that reading a shard set by FFCV needs."""
+        self._ask({"warm": str(shards)})
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError("the process that starts all others has died; its error is above")
-        out, err = (_text(folder / name) for name in ("stdout.txt", "stderr.txt"))
-        return Outcome(out=out, err=err, **json.loads(answer))
+        return json.loads(answer)
 
     def close(self) -> None:
         """End the process that starts all others."""
-        self._process.communicate()
+        self._process.communicate()  # at the end of its stdin
 
 
 def main() -> int:
@@ -88,6 +98,11 @@ def _serve() -> list[str] | None:
     """Fork for every request; return its arguments in the child, and None here at the end."""
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
+        if "warm" in request:
+            _warm(request["warm"])
+            sys.stdout.write("{}\n")
+            sys.stdout.flush()
+            continue
         began = time.monotonic()
         pid = os.fork()
         if pid == 0:
@@ -101,6 +116,22 @@ def _serve() -> list[str] | None:
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
     return None
+
+
+def _warm(shards: str) -> None:
+    """Read an epoch by FFCV in this process: what numba compiles, all children have."""
+    if "dense_ssl.loaders.ffcv" not in sys.modules:
+        return
+    data = DataConfig(
+        path=shards, loader="ffcv", workers=1
+    )  # one thread: none is left when it forks
+    views = (ViewSpec(name="global", count=2, size=32),)
+    source = open_source(data)
+    count = len(source.sizes)
+    loader = make_loader(data, views, Order(count, count), torch.device("cpu"), source)
+    for _ in loader.epoch(0):
+        pass
+    loader.close()
 
 
 def _become(folder: Path) -> None:

@@ -12,10 +12,11 @@ from dataprep.manifest import Manifest, read_index
 from dataprep.write_ffcv import read_allocations
 from dense_ssl import checkpoint
 from dense_ssl.chaos import disks
-from dense_ssl.chaos.faults import EPOCH, MIDDLE, Case
+from dense_ssl.chaos.faults import EPOCH, MIDDLE, WRITE, Case
 from dense_ssl.chaos.ground import IMAGES, Ground, training_result, with_ranks
-from dense_ssl.chaos.injection import AT, BATCH
+from dense_ssl.chaos.injection import AT, BATCH, SAVE_EVERY
 from dense_ssl.chaos.verdicts import (
+    TRY_AGAIN,
     WRONG,
     Kind,
     Lost,
@@ -27,7 +28,8 @@ from dense_ssl.chaos.verdicts import (
 )
 from dense_ssl.loaders.order import Order
 
-STALL_MINUTES = 0.75  # after which a loader that gives no batch is given up; FFCV compiles first
+STALL_MINUTES = 1.0  # after which a loader that gives no batch is given up; FFCV compiles first
+RANK_STALL_MINUTES = 0.5  # a rank is waited for twice as long
 
 
 def struck(case: Case, ground: Ground) -> Verdict:
@@ -44,13 +46,7 @@ def _struck_and_repeated(case: Case, ground: Ground, run: Path) -> Verdict:
     """The command meets the fault; the cause is removed, and the command repeated."""
     if case.fault.name == "disk-full":
         disks.small_disk(run.parent)
-    more = with_ranks(case.fault.ranks)
-    if case.fault.name == "stalled":
-        more += [
-            f"run.stall_minutes={STALL_MINUTES}",
-            *(["data.workers=1"] * (case.loader == "folder")),
-        ]
-    arguments = ground.training(run, case.loader, *more)
+    arguments = ground.training(run, case.loader, *with_ranks(case.fault.ranks))
     want = ground.trained(case.loader, case.fault.ranks)
     first = ground.run(case.fault.name, case.place, arguments, f"{case.name}/first")
     disks.free(run.parent)
@@ -58,6 +54,52 @@ def _struck_and_repeated(case: Case, ground: Ground, run: Path) -> Verdict:
     disks.come_back(ground.shards)
     again = ground.run("none", case.place, arguments, f"{case.name}/again")
     return judge(first, again, training_result(again, run), want)
+
+
+def _given_up(case: Case, ground: Ground, run: Path) -> Verdict:
+    """A loader or a rank does not answer, and is named; the command is repeated, with more patience."""
+    ranks = case.fault.ranks
+    minutes = RANK_STALL_MINUTES if case.fault.name == "hung" else STALL_MINUTES
+    workers = ["data.workers=1"] * (case.loader == "folder" and ranks == 1)
+    arguments = ground.training(run, case.loader, *workers, *with_ranks(ranks))
+    want = ground.trained(case.loader, ranks)
+    impatient = [*arguments, f"run.stall_minutes={minutes}"]
+    first = ground.run(case.fault.name, case.place, impatient, f"{case.name}/first")
+    ended(first, "the command")
+    culprit = f"rank {0 if case.place == WRITE else 1} of 2" if ranks > 1 else "the loader"
+    if first.code != TRY_AGAIN or culprit not in explained(first):
+        raise Lost(f"it ended with code {first.code} and did not name {culprit}")
+    again = ground.run("none", case.place, arguments, f"{case.name}/again")
+    return judge(first, again, training_result(again, run), want)
+
+
+def _restarted(case: Case, ground: Ground, run: Path) -> Verdict:
+    """Ranks are started again by torchrun: nothing is left for anybody to repeat."""
+    arguments = ground.training(run, case.loader, *with_ranks(case.fault.ranks))
+    want = ground.trained(case.loader, case.fault.ranks)
+    done = ground.run(case.fault.name, case.place, arguments, f"{case.name}/first")
+    succeeded(done, "torchrun")
+    if "resuming at step" not in done.err:
+        raise Lost("no second start has resumed")
+    return judge(done, done, training_result(done, run), want)
+
+
+def _out_of_memory_on_one_rank(case: Case, ground: Ground, run: Path) -> Verdict:
+    """All ranks start again from the last checkpoint, as if continued there with halves asked for."""
+    ranks = with_ranks(case.fault.ranks)
+    arguments = ground.training(run, case.loader, *ranks)
+    halved = ground.run(case.fault.name, case.place, arguments, f"{case.name}/halved")
+    succeeded(halved, "the training")
+    want = training_result(halved, run)
+    if "out of memory" not in explained(halved):
+        raise Lost("it was not said")
+    shutil.rmtree(run)
+    last_saved = AT[case.place] // SAVE_EVERY * SAVE_EVERY
+    _train_to(last_saved, case, ground, run)
+    by_hand = [*arguments, f"train.micro_batch={BATCH // 4}"]  # half of a rank's share
+    again = ground.run("none", case.place, by_hand, f"{case.name}/again")
+    verdict = judge(again, again, training_result(again, run), want)
+    return Verdict(Kind.HALVED) if verdict.kind is Kind.EQUAL else verdict
 
 
 def _damaged_between(case: Case, ground: Ground, run: Path) -> Verdict:
@@ -145,7 +187,8 @@ def _out_of_memory(case: Case, ground: Ground, run: Path) -> Verdict:
 
 
 def _train_to(step: int, case: Case, ground: Ground, run: Path) -> None:
-    arguments = ground.training(run, case.loader, f"train.steps={step}")
+    ranks = with_ranks(case.fault.ranks)
+    arguments = ground.training(run, case.loader, f"train.steps={step}", *ranks)
     succeeded(ground.run("none", case.place, arguments, f"{case.name}/before"), "the training")
 
 
@@ -197,6 +240,10 @@ def _require_finite(run: Path) -> None:
 
 
 SCENARIOS: dict[str, Callable[[Case, Ground, Path], Verdict]] = {
+    "restarted": _restarted,
+    "hung": _given_up,
+    "stalled": _given_up,
+    "memory-ranks": _out_of_memory_on_one_rank,
     "truncated": _damaged_between,
     "flipped": _damaged_between,
     "corrupt": _corrupt,

@@ -48,6 +48,11 @@ def markdown(results: Results) -> str:
             if alone:
                 rows.append(f"| {fault.title} | {place} | {alone} | | |")
     apart = [f"* {fault.title}, {place}: {why}." for fault, place, why in left_out()]
+    for fault in FAULTS:
+        others = sorted(set(LOADERS) - set(fault.loaders))
+        if others:
+            apart.append(f"* {fault.title}, {' and '.join(others)}: the loader plays no part.")
+    apart.append("* Conversion and evaluation by loader: they read images by themselves.")
     return "\n".join([circumstances(), "", counts(results) + ".", "", *rows, "",
                       "Does not apply:", "", *apart])  # fmt: skip
 

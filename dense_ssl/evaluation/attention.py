@@ -41,6 +41,7 @@ from dense_ssl.evaluation.label_maps import LabelledImage, signed
 from dense_ssl.evaluation.omissions import Omissions, require_some
 from dense_ssl.evaluation.segment_data import Labels, SegmentData, open_segmentation, read_image
 from dense_ssl.evaluation.tinted import label_colours, tinted
+from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import heated, stacked, tiles_sheet
 
 PROTOCOL = "attention/v1"
@@ -139,7 +140,7 @@ def pictures(
     colours = label_colours(len(data.classes))
     shift = int(_first(data.classes) == 0)  # label 0 is drawn clear
     for number, weights, labels in _beside_labels(extracted, few):
-        with Image.open(few[number].path) as opened:
+        with open_image(few[number].path) as opened:
             pixels = np.asarray(opened.convert("RGB"))
         shown = np.where(labels < 0, 0, labels + shift).astype(np.uint8)
         for token, of_heads in enumerate(weights):

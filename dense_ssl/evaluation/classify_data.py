@@ -1,6 +1,5 @@
 """Images with one label each: class folders, or the objects of a COCO data set cut from their boxes."""
 
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from dense_ssl.evaluation import coco
 from dense_ssl.evaluation.features import content_key, file_stamp, thinned
 from dense_ssl.evaluation.omissions import Omissions, require_some
 from dense_ssl.loaders.source import SUFFIXES, decode, upright_size
+from dense_ssl.pictures import open_image
 
 SPLITS = ("train", "val")
 MIN_OBJECT_PX = 32  # shorter side of a box that is worth recognising
@@ -175,7 +175,7 @@ def open_picture(
     if picture.box is None:
         image = decode(picture.path.read_bytes())
         return image, (0, 0, *image.size)
-    with Image.open(io.BytesIO(picture.path.read_bytes())) as opened:
+    with open_image(picture.path) as opened:
         image = opened.convert("RGB")
     return image, _square(picture.box, *image.size)
 
@@ -188,7 +188,7 @@ def picture_size(picture: Picture) -> tuple[int, int] | None:
     size = upright_size(picture.path)
     if picture.box is None or size is None:
         return size
-    with Image.open(picture.path) as opened:
+    with open_image(picture.path) as opened:
         left, top, right, bottom = _square(picture.box, *opened.size)
     return int(bottom - top), int(right - left)
 

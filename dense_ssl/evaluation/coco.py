@@ -4,7 +4,6 @@ A pixel belongs to a polygon when its centre lies inside (even-odd rule); pixel 
 run-length format is COCO's own, column by column, as text or as a list.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image
 
+from dataprep import plain_json
 from dense_ssl.config import UserError
 from dense_ssl.evaluation.omissions import Omissions
+from dense_ssl.pictures import open_image
 
+_FARTHEST = 1e7  # pixels, of a polygon's points: beyond, slopes have no digits left
 Polygons: TypeAlias = list[list[float]]
 Rle: TypeAlias = dict[str, Any]  # {"size": [height, width], "counts": str or list of int}
 
@@ -80,7 +81,7 @@ def read_split(root: Path, split: str, omitted: Omissions) -> CocoSplit:
     data = _read_json(path)
     try:
         return _collect(data, root, split, omitted)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(
             f"{path}: an entry lacks or garbles {error}; fetch the file again"
         ) from None
@@ -127,7 +128,8 @@ def decode_rle(rle: Rle, height: int, width: int) -> np.ndarray:
     """
     counts = rle["counts"]
     runs = np.array(_read_counts(counts) if isinstance(counts, str) else counts, np.int64)
-    if list(rle["size"]) != [height, width] or runs.sum() != height * width or (runs < 0).any():
+    fits = runs.ndim == 1 and ((runs >= 0) & (runs <= height * width)).all()
+    if not fits or list(rle["size"]) != [height, width] or runs.sum() != height * width:
         raise ValueError(f"run lengths of size {rle['size']} in an image of {[height, width]}")
     values = np.arange(len(runs)) % 2 == 1  # zeros first
     return np.repeat(values, runs).reshape(width, height).T
@@ -188,6 +190,8 @@ def _read_counts(text: str) -> list[int]:
     value = shift = 0
     for character in text:
         bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError("run lengths that are none")
         value |= (bits & 0x1F) << shift
         shift += 5
         if bits & 0x20:
@@ -201,7 +205,7 @@ def _read_counts(text: str) -> list[int]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
+        data = plain_json.read(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -214,11 +218,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _image_problem(path: Path, entry: dict[str, Any]) -> str | None:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             size = image.size
     except FileNotFoundError:
         return "image file missing"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError):
         return "image header not readable"
     if size != (entry.get("width"), entry.get("height")):
         return "image of another size than the annotations say"
@@ -239,11 +243,13 @@ def _instance_problem(
     if isinstance(segmentation, dict):
         try:
             decode_rle(segmentation, height, width)
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, OverflowError):
             return "annotation with run lengths of another size"
         return None
     if not isinstance(segmentation, list) or not segmentation:
         return "annotation without a segmentation"
     if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
         return "annotation with a polygon of fewer than three points"
+    if not all(max(map(abs, polygon)) < _FARTHEST for polygon in segmentation):
+        return "annotation with a polygon of points far outside"
     return None

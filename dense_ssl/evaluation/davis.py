@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import Field
 from tqdm import tqdm
 
+from dataprep import plain_json
 from dense_ssl.backbones import Backbone
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
@@ -200,7 +201,7 @@ def _stored(folder: Path | None, video: Video) -> list[Series] | None:
     if file is None or not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())
+        return plain_json.read(file)
     except (OSError, ValueError):
         return None  # computed again
 

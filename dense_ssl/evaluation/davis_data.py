@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dense_ssl.config import UserError
 from dense_ssl.evaluation.features import content_key, file_stamp
 from dense_ssl.evaluation.omissions import Omissions, require_some
+from dense_ssl.pictures import open_image
 
 _VOID = 255
 _FEWEST = 3  # frames: the first is given and the last is not scored
@@ -96,7 +96,7 @@ def read_frame(path: Path, size: tuple[int, int]) -> Tensor:
     Raises:
         OSError, ValueError, SyntaxError: it cannot be read, or is not of `size` (height, width).
     """
-    with Image.open(path) as opened:
+    with open_image(path) as opened:
         pixels = np.array(opened.convert("RGB"))
     if pixels.shape[:2] != size:
         raise ValueError(f"{path.name}: frame of another size than the first one")
@@ -113,7 +113,7 @@ def _open_video(name: str, images: Path, masks: Path) -> Video:
     if missing:
         raise ValueError(f"{len(missing)} of {len(frames)} masks missing, the first {missing[0]}")
     first = _index_image(annotations[0])
-    with Image.open(frames[0]) as opened:
+    with open_image(frames[0]) as opened:
         size = (opened.height, opened.width)
     if first.shape != size:
         raise ValueError("mask of another size than its frame")
@@ -127,7 +127,7 @@ def _open_video(name: str, images: Path, masks: Path) -> Video:
 
 
 def _index_image(path: Path) -> np.ndarray:
-    with Image.open(path) as opened:
+    with open_image(path) as opened:
         if opened.mode not in ("L", "P", "1"):
             raise ValueError(f"{path.name}: mask is {opened.mode}, not one object number per pixel")
         binary = opened.mode == "1"

@@ -6,7 +6,6 @@ Under torchrun every rank computes its share of the images and gets all features
 import hashlib
 import logging
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dense_ssl import plain_torch
 from dense_ssl.augment import MEAN, STD
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank, world_size
@@ -28,7 +28,8 @@ from dense_ssl.loaders import share_of_cores
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-# Pillow's ways to refuse a file
+_STORED = ("features", "kept", "lost", "reasons")  # what a cache file holds
+# Pillow's ways to refuse a file, where it is not opened by `pictures.open_image`.
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -249,8 +250,11 @@ def _load(path: Path | None) -> dict | None:
     if path is None or not path.is_file():
         return None
     try:
-        return torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        stored = plain_torch.load(path)
+        if isinstance(stored, dict) and all(key in stored for key in _STORED):
+            return stored
+        raise plain_torch.NotPlain(f"lacks one of {', '.join(_STORED)}")
+    except (OSError, plain_torch.NotPlain):
         _log.warning("%s: not readable, the features are computed again", path)
         return None
 

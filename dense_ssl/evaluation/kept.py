@@ -6,13 +6,13 @@ libraries. Results say which question they answer; who asks the same again gets 
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dataprep import plain_json
 from dense_ssl.evaluation.results import RESULTS, Result
 from dense_ssl.weights.place import checkpoint_file
 
@@ -48,7 +48,7 @@ def answer_of(folder: Path, question: str) -> tuple[list[Result], str]:
     found: list[dict] = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = plain_json.parse(line)
         except ValueError:  # broken off
             continue
         if isinstance(record, dict) and record.get("question") == question:

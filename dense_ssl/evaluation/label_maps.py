@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dense_ssl.evaluation.features import file_stamp, thinned
 from dense_ssl.evaluation.omissions import Omissions, require_some
 from dense_ssl.loaders import share_of_cores
+from dense_ssl.pictures import open_image
 
 VOID = 255
 WIDE_VOID = -1  # of int16 maps, whose 255 is a class
@@ -145,7 +145,7 @@ def _table(code: Code) -> np.ndarray:
 
 def _numbers(path: Path, colours: bool) -> np.ndarray:
     """The stored numbers, int64 [H, W]."""
-    with Image.open(path) as opened:
+    with open_image(path) as opened:
         if colours and opened.mode != "RGB":
             raise ValueError(f"mask is {opened.mode}, not R + 256 G of a colour image")
         if not colours and opened.mode not in ("L", "P", "I", "I;16", "1"):
@@ -163,13 +163,13 @@ def _problem(pair: Pair, read: Callable[[Path], np.ndarray]) -> str | None:
     if not pair.mask.is_file():
         return "mask missing"
     try:
-        with Image.open(pair.image) as image:
+        with open_image(pair.image) as image:
             size = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError):
         return "image header not readable"
     try:
         labels = read(pair.mask)
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+    except OSError:
         return "mask not readable"
     except ValueError as error:
         return str(error)

@@ -42,6 +42,7 @@ from dense_ssl.evaluation.features import (
 )
 from dense_ssl.evaluation.finer import dilated
 from dense_ssl.evaluation.knn import knn_scores, neighbours
+from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import stacked, tiles_sheet
 
 PROTOCOL = "object-knn/v1"
@@ -243,7 +244,7 @@ def _place(
 ) -> tuple[tuple[float, float, float, float], tuple[float, float, float, float]]:
     """The window of an object in pixels, and its box in the window."""
     assert picture.box is not None
-    with Image.open(picture.path) as opened:
+    with open_image(picture.path) as opened:
         width, height = opened.size
     return object_window(picture.box, width, height, config.margin)
 
@@ -251,7 +252,7 @@ def _place(
 def _window(picture: Picture, other: Picture | None, config: Config) -> Tensor:
     """An object in its window, or before the middle of another image; uint8 [3, S, S]."""
     window, box = _place(picture, config)
-    with Image.open(picture.path) as opened:
+    with open_image(picture.path) as opened:
         size = (config.size, config.size)
         cut = opened.convert("RGB").resize(size, Image.Resampling.BILINEAR, box=window)
     pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)

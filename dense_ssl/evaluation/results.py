@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataprep import plain_json
 from dense_ssl.config import UserError
 
 RESULTS = "eval.jsonl"
@@ -97,11 +98,11 @@ def stored_baseline(folder: Path, key: str) -> dict[str, float] | None:
         return None
     for line in path.read_text(errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = plain_json.parse(line)
         except ValueError:  # broken off
             continue
         if isinstance(record, dict) and record.get("key") == key:
-            return record["values"]
+            return record.get("values")
     return None
 
 

@@ -43,6 +43,7 @@ from dense_ssl.evaluation.segment_data import (
 from dense_ssl.evaluation.segment_layouts import VOC_CLASSES
 from dense_ssl.evaluation.segments import Segments, packed_segments, unpacked
 from dense_ssl.evaluation.tinted import label_colours, tinted
+from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import stacked, tiles_sheet
 
 PROTOCOL = "retrieve-kmeans/v1"
@@ -251,7 +252,7 @@ def _named(pixels: Tensor, classes: Sequence[str]) -> str:
 
 def _outlined(split: Split, image: int, segment: int) -> np.ndarray:
     """An image with one segment tinted."""
-    with Image.open(split.images[image].path) as opened:
+    with open_image(split.images[image].path) as opened:
         pixels = np.asarray(opened.convert("RGB"))
     mask = (split.segments.maps[image].numpy() == segment).astype(np.uint8)
     return tinted(pixels, mask, label_colours(1))

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dense_ssl.evaluation.draws import Draws
@@ -19,6 +18,7 @@ from dense_ssl.evaluation.segment_augment import (
 )
 from dense_ssl.evaluation.segment_protocols import TrainedConfig
 from dense_ssl.evaluation.training_samples import TrainingSamples
+from dense_ssl.pictures import open_image
 
 STREAM = int.from_bytes(b"segcrop", "big")  # this module's branch of the random numbers of a seed
 
@@ -58,7 +58,7 @@ def read_sample(image: LabelledImage) -> Sample:
     Raises:
         OSError, ValueError, SyntaxError: one of the two cannot be read, or their sizes differ.
     """
-    with Image.open(image.path) as opened:
+    with open_image(image.path) as opened:
         pixels = np.array(opened.convert("RGB"))
     labels = signed(image.read_labels())
     if labels.shape != pixels.shape[:2]:

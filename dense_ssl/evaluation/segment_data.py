@@ -3,7 +3,6 @@
 `segment_layouts` lists the folders that are understood; besides, COCO's instances are painted into a map.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +26,7 @@ from dense_ssl.evaluation.label_maps import (
 )
 from dense_ssl.evaluation.omissions import Omissions, require_some
 from dense_ssl.evaluation.segment_layouts import Layout, find_coco_stuff, find_layout
+from dense_ssl.pictures import open_image
 
 __all__ = [
     "VOID", "LabelledImage", "Labels", "SegmentData", "open_segmentation", "read_image", "read_mask",
@@ -111,7 +111,7 @@ def read_image(image: LabelledImage, height: int, width: int) -> Tensor:
 
     Label maps belong to the stored pixels, so an orientation tag is not applied.
     """
-    with Image.open(io.BytesIO(image.path.read_bytes())) as opened:
+    with open_image(image.path) as opened:
         resized = opened.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from dense_ssl.evaluation.segment_data import VOID, LabelledImage
+from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import beside, crop_colour, stacked, tiles_sheet
 
 _TILE_PX, _SWATCH_PX = 220, 110
@@ -63,7 +64,7 @@ def class_sheet(
     triples = []
     occurring: set[int] = set()
     for image, said, truth in rows:
-        with Image.open(image.path) as opened:
+        with open_image(image.path) as opened:
             pixels = np.asarray(opened.convert("RGB"))
         maps = [np.where(labels == VOID, VOID, labels + first) for labels in (said, truth)]
         maps = [labels.astype(np.uint8) for labels in maps]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from torch import Tensor
 
 from dense_ssl.loaders.batch import cut_views
@@ -28,6 +28,7 @@ from dense_ssl.loaders.decoded import Decoded
 from dense_ssl.loaders.loader import Pixels, Reading
 from dense_ssl.loaders.replace import Replacements
 from dense_ssl.loaders.source import ImageSource, ShardSource, decode
+from dense_ssl.pictures import open_image
 from dense_ssl.views import CropPlan, positions
 
 # DALI has no name of its own for "triangular": it is the linear filter with antialiasing.
@@ -270,6 +271,6 @@ class _Feed:
 
 def _is_plain_jpeg(encoded: bytes) -> bool:
     """Return whether every decoder makes the same upright RGB image of these bytes."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    with open_image(encoded) as image:
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         return image.format == "JPEG" and image.mode in ("L", "RGB") and upright

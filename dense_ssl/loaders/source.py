@@ -1,6 +1,5 @@
 """Where encoded images come from: a shard set, or a plain folder of images."""
 
-import io
 import logging
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from PIL import ExifTags, Image
 
 from dataprep.manifest import DataError, Manifest, RecordReader, record_checksum
 from dense_ssl.config import UserError
+from dense_ssl.pictures import open_image
 
 MANIFEST = "manifest.json"
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
@@ -124,7 +124,7 @@ def decode(encoded: bytes) -> Image.Image:
     Raises:
         OSError, ValueError: not an image, or a truncated one.
     """
-    with Image.open(io.BytesIO(encoded)) as image:
+    with open_image(encoded) as image:
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         rgb = image.convert("RGB")
@@ -153,10 +153,10 @@ def _images_below(root: Path) -> Iterator[Path]:
 def upright_size(path: Path) -> tuple[int, int] | None:
     """Return (height, width) as stored in the header, None when it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError):
         return None
     return (width, height) if orientation in _TRANSPOSING else (height, width)
 

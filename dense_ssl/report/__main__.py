@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dense_ssl import plain_yaml
 from dense_ssl.checkpoint import write_atomically
 from dense_ssl.config import UserError
 from dense_ssl.report.curves import schedule_panels, speed_panels, training_panels, watched_panels
@@ -52,8 +51,8 @@ def write_report(run: Path) -> Path:
     """
     try:
         text = (run / "config.yaml").read_text()
-        config = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        config = plain_yaml.parse(text)
+    except (OSError, plain_yaml.NotPlain, UnicodeDecodeError):
         raise UserError(f"{run}: no readable config.yaml in it; is it a run folder?") from None
     if not isinstance(config, dict):
         raise UserError(f"{run}/config.yaml: holds no settings; is it a run folder?")

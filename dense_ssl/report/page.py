@@ -5,11 +5,11 @@ A page has no script and fetches nothing.
 
 import base64
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataprep import plain_json
 from dense_ssl.report.svg_plot import Band, Line, line_plot
 
 MOST_LINES = 20_000
@@ -76,7 +76,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     apart = -(-len(lines) // MOST_LINES)
     for line in lines if apart <= 1 else [*lines[:-1:apart], lines[-1]]:
         try:
-            record = json.loads(line)
+            record = plain_json.parse(line)
         except ValueError:
             continue
         if isinstance(record, dict):

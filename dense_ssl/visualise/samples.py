@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
 from dense_ssl.augment import MEAN, STD, Photometry
 from dense_ssl.backbones import make_backbone
-from dense_ssl.config import Config, UserError, validate
+from dense_ssl.config import Config, UserError, read_yaml, validate
 from dense_ssl.crops import MultiCropBatch
 from dense_ssl.loaders import DataConfig, open_source
 from dense_ssl.loaders.batch import assemble, check_recipe, cut_views
@@ -54,13 +53,13 @@ def shown(images: Tensor) -> np.ndarray:
 def config_of(run: Path) -> dict[str, Any]:
     """Return the run's settings as stored; of all of them, method, data and seed are needed here."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = read_yaml(run / "config.yaml")
         return {
             "method": dict(config["method"]),
             "data": dict(config["data"]),
             "seed": int(config["train"]["seed"]),
         }
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{run}: no usable config.yaml in it; is it a run folder?") from None
 
 

@@ -58,6 +58,13 @@ def _scalar(dtype: PlainDtype, raw: Any) -> Any:
     return _array(raw, dtype, ()).item()
 
 
+def _bytes_of(raw: Any = b"", *encoding: str) -> bytes:
+    """Return bytes; never as many of them as a number asks for."""
+    if not isinstance(raw, bytes | bytearray | str):
+        raise pickle.UnpicklingError(f"a byte array of {type(raw).__name__}")
+    return raw.encode(*encoding) if isinstance(raw, str) else bytes(raw)
+
+
 def _both(name: str, stand_in: Any) -> dict[str, Any]:
     """Return a stand-in under the module names of numpy 1 and numpy 2."""
     return {f"numpy.core.{name}": stand_in, f"numpy._core.{name}": stand_in}
@@ -70,12 +77,14 @@ _ARRAYS: dict[str, Any] = {
     **_both("multiarray._reconstruct", lambda *_: _PlainArray((0,), "u1")),
     **_both("numeric._frombuffer", _array),
     "_codecs.encode": lambda text, _: text.encode("latin1"),
-    "builtins.bytearray": bytearray,
+    "builtins.bytearray": _bytes_of,
     "collections.OrderedDict": collections.OrderedDict,
 }
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """The unpickler in Python: the one in C takes memory for whatever place a pickle wants to note."""
+
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Return the stand-in for a name, or refuse it in torch's words."""
         name = f"{module_name}.{global_name}"

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dense_ssl import plain_torch
 from dense_ssl.backbones import Backbone, BackboneConfig, Projection, make_backbone
 from dense_ssl.checkpoint import FORMAT, damage_of, file_sha256
 from dense_ssl.config import UserError, validate
@@ -199,8 +200,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         elif path.suffix == ".pkl":
             content = plain_pickle.read(path)
         else:
-            with torch.serialization.safe_globals(_HARMLESS):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            content = plain_torch.load(path, _HARMLESS)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
