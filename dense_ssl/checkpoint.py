@@ -22,10 +22,6 @@ from dense_ssl.config import UserError
 logger = logging.getLogger("dense_ssl")
 
 FORMAT = "dense_ssl/1"
-PARTS: dict[str, type] = {
-    "step": int, "config": dict, "data": dict,
-    "method": dict, "optimizer": dict, "scaler": dict, "meter": dict,
-}  # fmt: skip
 
 
 def save(folder: Path, payload: dict[str, Any], keep: int, keep_every: int | None = None) -> Path:
@@ -95,7 +91,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     for path in candidates:
         problem = check(path)
         if problem is None:
-            return _complete(read(path), path)
+            return read(path)
         logger.warning("%s: %s; going back to the checkpoint before it", path, problem)
     if candidates:
         raise UserError(
@@ -135,18 +131,6 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as a checkpoint ({_reason(error)})") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this project (no format {FORMAT!r})")
-    return payload
-
-
-def _complete(payload: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a payload that has all a run resumes from.
-
-    Raises:
-        UserError: naming what it lacks.
-    """
-    lacking = [name for name, kind in PARTS.items() if not isinstance(payload.get(name), kind)]
-    if lacking:
-        raise UserError(f"{path}: nothing to resume from, it lacks {', '.join(lacking)}")
     return payload
 
 

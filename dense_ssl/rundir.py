@@ -53,6 +53,9 @@ may see other groups of them. They are what helps where memory is short, and wha
 """
 
 
+_NEEDED: dict[str, type] = {"step": int, "config": dict, "data": dict}  # of a checkpoint
+
+
 def check_same_run(
     saved: Mapping[str, Any], config: Mapping[str, Any], fingerprint: Mapping[str, Any]
 ) -> None:
@@ -67,6 +70,9 @@ def check_same_run(
         UserError: naming the keys that differ, or the two numbers of images.
     """
     folder = config["run"]["dir"]
+    lacking = [key for key, kind in _NEEDED.items() if not isinstance(saved.get(key), kind)]
+    if lacking:
+        raise UserError(f"{folder}: its checkpoint lacks {', '.join(lacking)}; take another RUN")
     before, now = _flatten(saved["config"]), _flatten(config)
     changed = [
         f"{key} ({before.get(key)} there, {now.get(key)} now)"

@@ -18,6 +18,9 @@ WORDS = (
     b"1e999", b"-1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'""', b'"\\ud800"', b"\x00", b"\xff\xfe",
     b"../../../../tmp/x", b"/tmp/x", b"&a [*a, *a]", b"*a", b"<<: *a", b"!!python/object:os.system",
     b"? ", b"- " * 300, b"[" * 3000, b'{"a":' * 3000,
+    # XML
+    b'<!DOCTYPE x [<!ENTITY a "aaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>', b"&b;", b"<object>",
+    b"<![CDATA[", b"<!--", b'<!ENTITY e SYSTEM "file:///etc/passwd">', b"nan", b"inf", b"1e400",
     # pickles
     b"cos\nsystem\n(S'true'\ntR.", b"c__builtin__\neval\n", b"\x8c\x05posix\x8c\x06system\x93",
     b"cbuiltins\nbytearray\n", b"\x80\x02", b"r\xff\xff\xff\x7f", b"\x8e\xff\xff\xff\xff\xff\x00\x00\x00",

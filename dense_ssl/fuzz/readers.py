@@ -17,6 +17,7 @@ from dense_ssl import replay
 from dense_ssl.config import apply_override, load, read_yaml
 from dense_ssl.evaluation import coco as coco_data
 from dense_ssl.evaluation import davis, features, hummingbird
+from dense_ssl.evaluation.detect_voc import read_voc
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.results import BASELINES, stored_baseline
 from dense_ssl.fuzz.sound import SPLIT
@@ -108,6 +109,11 @@ def coco(folder: Path) -> None:
     for image in split.images:
         for instance in image.instances:
             coco_data.decode_mask(instance.segmentation, image.height, image.width)
+
+
+def voc(folder: Path) -> None:
+    """Read boxes of VOC's layout."""
+    read_voc(folder, "2007", SPLIT, Omissions())
 
 
 def feature_cache(folder: Path) -> None:

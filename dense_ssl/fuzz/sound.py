@@ -49,7 +49,7 @@ def make(folder: Path) -> None:
     for name, content in {
         **_of_shards(folder / "shards"), **_of_a_beton(folder / "beton/ffcv/images.beton"),
         **_of_recipes(), **_pictures(), **_archives(folder / "images"),
-        **_of_a_run(folder), **_of_evaluations(folder / "coco"),
+        **_of_a_run(folder), **_of_evaluations(folder / "coco"), **_of_voc(folder / "voc" / "VOC2007"),
     }.items():  # fmt: skip
         seeds = folder / "seeds" / name
         seeds.mkdir(parents=True)
@@ -208,6 +208,20 @@ def _of_evaluations(folder: Path) -> dict[str, list[bytes]]:
         "results": [json.dumps(result).encode() + b"\n"],
         "davis-cache": [json.dumps([{"number": 1, "j": [0.5, 0.25], "f": [0.5, 1.0]}]).encode()],
     }
+
+
+def _of_voc(folder: Path) -> dict[str, list[bytes]]:
+    lists = folder / "ImageSets" / "Main"
+    for place in (lists, folder / "JPEGImages", folder / "Annotations"):
+        place.mkdir(parents=True)
+    (lists / f"{SPLIT}.txt").write_text("cow\n")
+    Image.fromarray(random_image(24, 32, 0)).save(folder / "JPEGImages" / "cow.jpg")
+    box = "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>20</xmax><ymax>18</ymax></bndbox>"
+    text = (
+        "<annotation><size><width>32</width><height>24</height></size>"
+        f"<object><name>cow</name><difficult>0</difficult>{box}</object></annotation>"
+    )
+    return {"voc": [text.encode()]}
 
 
 def _stored(content: Any, **how: Any) -> bytes:

@@ -57,6 +57,7 @@ TARGETS = (
     Target("pickle", "weights.pkl", readers.weights),
     Target("bundle", "incidents/step-00000001-rank0.pt", readers.bundle),
     Target("coco", "annotations/instances_train.json", readers.coco, "coco"),
+    Target("voc", "VOC2007/Annotations/cow.xml", readers.voc, "voc"),
     Target("feature-cache", "features.pt", readers.feature_cache),
     Target("memory-cache", "memory.safetensors", readers.memory_cache),
     Target("log", "log.jsonl", readers.log),
