@@ -10,7 +10,9 @@ from dense_ssl.published import SEQUENCES
 from dense_ssl.schedule import Step
 from tests.test_methods import CONFIGS
 
-EXTENSIONS = {"densecl_dc"}  # our own: nothing was published
+EXTENSIONS = {  # our own: nothing was published
+    "densecl_dc",
+}
 IMAGES = 8
 STEP = Step(45, steps_per_epoch=10, epochs=100, seed=5)
 
