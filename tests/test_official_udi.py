@@ -5,13 +5,16 @@ import argparse
 import pytest
 import torch
 
+from dense_ssl import checkpoint
 from dense_ssl.backbones import BackboneConfig
 from dense_ssl.config import UserError
+from dense_ssl.export import export
 from dense_ssl.methods import make_method
 from dense_ssl.methods.udi import UdiConfig
 from dense_ssl.views import ViewSpec
 from dense_ssl.weights.layouts import select
 from dense_ssl.weights.official import from_official
+from dense_ssl.weights.official_udi import to_udi
 from dense_ssl.weights.pretrained import load_backbone, start_from
 
 TINY = BackboneConfig(
@@ -80,6 +83,41 @@ def test_a_whole_state_comes_back(method, module_teacher):
     name, state = from_official(content)
     assert name == "udi"
     assert same(dict(sorted(state.items())), dict(sorted(method.state_dict().items())))
+
+
+def test_what_is_written_is_what_the_official_code_saves(method):
+    want = official(method)
+    written = to_udi(method.state_dict())
+    for part in ("student", "teacher", "udi_loss"):
+        assert same(dict(sorted(written[part].items())), dict(sorted(want[part].items())))
+    assert same(dict(from_official(written)[1]), dict(method.state_dict()))
+    with pytest.raises(UserError, match="tensors have no place in the official udi layout"):
+        to_udi(method.state_dict() | {"queue.keys": torch.ones(1)})
+
+
+def test_a_run_is_exported_as_the_official_code_saves_it(method, tmp_path):
+    payload = {
+        "step": 20, "epoch": 2.5, "config": {"method": CONFIG.model_dump(mode="json")},
+        "method": method.state_dict(),
+    }  # fmt: skip
+    checkpoint.save(tmp_path / "run" / "checkpoints", payload, keep=1)
+    (written,) = export(str(tmp_path / "run"), ["official"], tmp_path / "out")
+    assert (written.path.name, written.max_abs_diff) == ("official_udi.pth", 0.0)
+    content = torch.load(written.path, weights_only=True)
+    assert set(content) == {"epoch", "student", "teacher", "udi_loss"}
+    assert content["epoch"] == 2
+    again = make_method(CONFIG)
+    start_from(str(written.path), again, "udi")
+    assert same(dict(again.state_dict()), dict(method.state_dict()))
+
+
+@pytest.mark.parametrize("variant", [{"patches": True}, {"patches": False}])
+def test_a_run_with_one_class_token_is_written_and_comes_back(variant):
+    backbone = TINY.model_copy(update={"class_tokens": 1})
+    one = make_method(CONFIG.model_copy(update={"backbone": backbone, **variant}))
+    written = to_udi(one.state_dict())
+    assert written["udi_loss"]["centering.center"].shape == (3, 12)
+    assert same(dict(from_official(written)[1]), dict(one.state_dict()))
 
 
 def test_the_backbone_of_a_training_file_needs_no_name(method, tmp_path):

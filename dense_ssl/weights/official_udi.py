@@ -1,4 +1,4 @@
-"""Whole training states of the official UDI code, to our names.
+"""Whole training states of the official UDI code, to our names and back.
 
 | ours                                | theirs                                                             |
 |-------------------------------------|--------------------------------------------------------------------|
@@ -28,6 +28,7 @@ from dense_ssl.weights.layouts import (
 )
 from dense_ssl.weights.official_distillation import head_tensors
 
+_HEADS = 3  # names of the one head: of class tokens, of second ones, of patches
 _SAMPLER = ("backbone.attn.", "backbone.norm1.")
 _CENTERS = ("center", "plus_center", "patch_center")
 
@@ -67,6 +68,38 @@ def from_udi(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     centers = zip(_CENTERS, centers, kept, strict=True)
     out |= {f"objective.{name}": center.clone() for name, center, wanted in centers if wanted}
     return "udi", out
+
+
+def to_udi(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the "student", "teacher" and "udi_loss" the official code would save of our UDI state.
+
+    Centres of what the method goes without are 0.
+
+    Raises:
+        UserError: a tensor has no place in theirs.
+    """
+    out: dict[str, dict[str, Tensor]] = {}
+    placed = 0
+    for side, wrapped in (("student", "module."), ("teacher", "")):
+        trunk = select(state, f"{side}.backbone.trunk.")
+        sampler, head = (select(state, f"{side}.{part}.") for part in ("sampler", "head"))
+        placed += len(trunk) + len(sampler) + len(head)
+        if "reg_token" in trunk:
+            trunk["cls_token"] = torch.cat([trunk["cls_token"], trunk.pop("reg_token")], dim=1)
+        names = {f"backbone.backbone.{name}": value for name, value in trunk.items()}
+        names |= {f"backbone.{name}": value for name, value in sampler.items()}
+        for kind in range(_HEADS):
+            names |= {f"head.{kind}.{name}": value for name, value in head.items()}
+        out[side] = {wrapped + name: value for name, value in names.items()}
+    centers = select(state, "objective.")
+    if placed + len(centers) != len(state) or not set(centers) <= set(_CENTERS):
+        raise UserError(
+            f"{len(state) - placed} of {len(state)} tensors have no place in the official udi layout"
+        )
+    nothing = torch.zeros_like(centers["center"])
+    rows = torch.stack([centers.get(name, nothing) for name in _CENTERS])
+    out["udi_loss"] = {"centering.center": rows, "centering.count": torch.zeros(len(rows), 1)}
+    return out
 
 
 def _shared_head(state: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
