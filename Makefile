@@ -45,7 +45,7 @@ eval: setup ## evaluate a run, a checkpoint or timm:NAME   RUN=runs/a DATA= [TAS
 export: setup ## backbone weights for other libraries   RUN=runs/a [TO=timm,torchvision,detectron2,huggingface,onnx,official|all OUT=]
 	@$(PY) -m dense_ssl.export --run "$(RUN)" --to $(TO) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-visualise: setup ## a picture of what the run sees   RUN=runs/a [KIND=crops|masks|correspondence|attention|pca|neighbours|places OUT=]
+visualise: setup ## a picture of what the run sees   RUN=runs/a [KIND=crops|masks|correspondence|attention|pca|neighbours|queue|places OUT=]
 	@$(PY) -m dense_ssl.visualise --run "$(RUN)" --kind $(KIND) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 report: setup ## one self-contained HTML page about a run   RUN=runs/a

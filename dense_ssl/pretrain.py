@@ -191,6 +191,7 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
                 "scaler": scaler.state_dict(),
                 "meter": meter.state_dict(),
                 "micro_batch": micro_batches.images,
+                "ranks": world.size,
             }
             writer.save(payload)
 

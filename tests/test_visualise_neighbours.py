@@ -11,7 +11,7 @@ from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
 from dense_ssl.loaders.source import FolderSource
 from dense_ssl.visualise.neighbours import (
-    _centre_crops,
+    centre_crops,
     nearest_others,
     neighbour_rows,
     pooled_features,
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 
 def test_twins_find_each_other_and_a_damaged_image_is_left_out(backbone, folder):
-    crops = list(_centre_crops(folder, range(10), 48))
+    crops = list(centre_crops(folder, range(10), 48))
     assert len(crops) == 9
     assert all(crop.shape == (48, 48, 3) for crop in crops)
     features = pooled_features(backbone, crops)

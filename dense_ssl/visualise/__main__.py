@@ -8,6 +8,7 @@
     attention        where each class token looks, head by head (ResNets: the pooled feature)
     pca              the cells' first three principal components as colours
     neighbours       images and the ones most like them by pooled feature
+    queue            images and the key crops in the run's queue most like them (Revisiting)
     places           patches sampled in one crop and their places in another (UDI)
 
 The images are the first of the run's first batch (or of another epoch), in the colours training gave
@@ -38,6 +39,7 @@ from dense_ssl.visualise.features import (
 )
 from dense_ssl.visualise.neighbours import POOL, neighbour_rows
 from dense_ssl.visualise.places import place_rows
+from dense_ssl.visualise.queue import queue_rows
 from dense_ssl.visualise.samples import (
     Sample,
     config_of,
@@ -50,7 +52,7 @@ from dense_ssl.visualise.samples import (
 from dense_ssl.visualise.sheets import below, correspondence_sheet, heated, stacked, tiles_sheet
 from dense_ssl.weights.pretrained import load_backbone
 
-KINDS = ("crops", "masks", "correspondence", "attention", "pca", "neighbours", "places")
+KINDS = ("crops", "masks", "correspondence", "attention", "pca", "neighbours", "queue", "places")
 WHOLE_PX = 320  # shorter side of whole images, for attention and pca
 SIMILARITY = 0.9  # of matches worth a line: the authors' own picture (DenseCL)
 
@@ -74,8 +76,9 @@ def draw(run: Path, kind: str, out: Path, count: int, epoch: int, size: int | No
     if kind not in KINDS:
         raise UserError(f"KIND={kind}: choose from {', '.join(KINDS)}")
     config = config_of(run)
-    if kind == "neighbours":
-        _save(_neighbour_sheet(run, config, count, epoch, size), out)
+    if kind in ("neighbours", "queue"):
+        sheet = _queue_sheet(run, config, count, size) if kind == "queue" else None
+        _save(sheet or _neighbour_sheet(run, config, count, epoch, size), out)
         return
     whole = kind in ("attention", "pca")
     sample = sample_of(config, count, epoch, None if whole else size)
@@ -200,6 +203,14 @@ def _neighbour_sheet(
     rows = neighbour_rows(load_backbone(str(run)).backbone, source, pool, count, side)
     name = config["method"]["name"]
     return stacked(rows, f"{name}, {run.name}, epoch {epoch}: neighbours among {len(pool)} images")
+
+
+def _queue_sheet(run: Path, config: dict[str, Any], count: int, size: int | None) -> Image.Image:
+    """Draw the images a run would see next, each beside the key crops in its queue most like it."""
+    source = open_source(validate(DataConfig, config["data"], "config.yaml"))
+    method = method_config(config["method"])
+    rows = queue_rows(run, method, config["train"], source, count, size or method.views[0].size)
+    return stacked(rows, f"{config['method']['name']}, {run.name}: neighbours in its queue")
 
 
 def _save(sheet: Image.Image, out: Path) -> None:

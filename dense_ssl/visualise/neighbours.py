@@ -40,7 +40,7 @@ def neighbour_rows(
     Raises:
         UserError: fewer than two of the images can be read.
     """
-    pixels = list(_centre_crops(source, pool, side))
+    pixels = list(centre_crops(source, pool, side))
     if len(pixels) < 2:
         raise UserError(f"{len(pixels)} of {len(pool)} images can be read: no neighbours to show")
     features = pooled_features(backbone, pixels)
@@ -73,7 +73,7 @@ def nearest_others(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return index[kept].view(-1, count), similarity[kept].view(-1, count)
 
 
-def _centre_crops(source: ImageSource, records: Sequence[int], side: int) -> Iterator[np.ndarray]:
+def centre_crops(source: ImageSource, records: Sequence[int], side: int) -> Iterator[np.ndarray]:
     """Yield the middle of each readable image, uint8 [side, side, 3], its shorter side made 8 / 7 of it."""
     for record in records:
         try:

@@ -51,12 +51,13 @@ def shown(images: Tensor) -> np.ndarray:
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    """Return the run's settings as stored; of all of them, method, data and seed are needed here."""
+    """Return the run's settings as stored; of all of them, method, data, train and seed are needed here."""
     try:
         config = read_yaml(run / "config.yaml")
         return {
             "method": dict(config["method"]),
             "data": dict(config["data"]),
+            "train": dict(config["train"]),
             "seed": int(config["train"]["seed"]),
         }
     except (KeyError, TypeError, ValueError):
