@@ -15,6 +15,7 @@ from dense_ssl import pretrain
 from dense_ssl.backbones import BackboneConfig
 from dense_ssl.config import UserError, load, validate
 from dense_ssl.crops import Crops, MultiCropBatch
+from dense_ssl.distributed import World
 from dense_ssl.methods import make_method, warn_of_own_keys
 from dense_ssl.methods.moco import MoCoConfig
 from dense_ssl.methods.parts import KeyQueue
@@ -25,6 +26,7 @@ from dense_ssl.methods.revisiting import (
     nearest,
 )
 from dense_ssl.pretrain import RunConfig, recipe_path
+from dense_ssl.run_config import RunSection
 from dense_ssl.schedule import Step
 from dense_ssl.views import Near, ViewSpec
 from dense_ssl.weights.official import to_official
@@ -360,6 +362,27 @@ def test_a_run_that_goes_on_with_two_ranks_is_one_with_two_groups(tmp_path, caps
             moved["method"][name], one["method"][name], rtol=1e-4, atol=2e-5, msg=name
         )
     assert moved["config"]["method"]["backbone"]["bn_images"] == 4  # the recipe, for any ranks
+
+
+@pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
+def test_queues_are_not_sent_between_ranks_at_every_forward(name, monkeypatch):
+    """torch has renamed the switch: whichever there is, is off."""
+    given = {}
+
+    class Wrapper:
+        pass
+
+    def newer(self, module, *, gradient_as_bucket_view, forward_sync_buffers=True):
+        given["sent"] = forward_sync_buffers
+
+    def older(self, module, *, gradient_as_bucket_view, broadcast_buffers=True):
+        given["sent"] = broadcast_buffers
+
+    Wrapper.__init__ = newer if name == "forward_sync_buffers" else older
+    monkeypatch.setattr(pretrain, "DistributedDataParallel", Wrapper)
+    world = World(rank=0, size=2, device=torch.device("cpu"), flags=None)
+    pretrain._prepare_for_ranks(torch.nn.Linear(1, 1), world, RunSection(dir="x"))
+    assert given == {"sent": False}
 
 
 def test_autoaugment_is_refused_where_boxes_are_used(tmp_path, capsys):
