@@ -49,8 +49,10 @@ def detection_sheet(
             name = f"({classes[thing.label - 1]})" if thing.ignored else classes[thing.label - 1]
             true.append((np.array(thing.box), name, label, mask))
         tiles = [_drawn(pixels, things, len(classes)) for things in (said, true)]
-        best = f"best score {100 * found.scores.max(initial=0):.0f}"
-        names = [f"{scene.path.stem[:24]}: {len(found.scores)} detected, {best}", "truth"]
+        count = "nothing detected"
+        if len(found.scores):
+            count = f"{len(found.scores)} detected, best score {100 * found.scores.max():.0f}"
+        names = [f"{scene.path.stem[:24]}: {count}", "truth"]
         parts.append(tiles_sheet(names, tiles, _TILE_PX))
     return stacked([beside(parts[at : at + 2]) for at in range(0, len(parts), 2)], title)
 
