@@ -17,6 +17,7 @@ from dense_ssl.chaos import child, disks, on_training, page
 from dense_ssl.chaos.faults import FAULTS, LOADERS, PLACES, TRAINING, Case, cases, left_out
 from dense_ssl.chaos.ground import Ground, training_result
 from dense_ssl.chaos.injection import injected
+from dense_ssl.chaos.ledger import Ledger, hash_of_code
 from dense_ssl.chaos.verdicts import Kind, Outcome, Verdict, judge
 from dense_ssl.methods.moco import MoCo
 
@@ -72,6 +73,23 @@ def test_cells_are_chosen_by_the_beginning_of_their_name():
     assert cases(only=["nothing"]) == []
 
 
+def test_a_matrix_that_was_stopped_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "runs" / "chaos.jsonl"
+    first, second, third = cases(["folder"], ["sigterm"])[:3]
+    ledger = Ledger(path, "code")
+    assert ledger.known([first]) == {}
+    ledger.add(first, Verdict(Kind.FAILED, "lost", 1.0))
+    ledger.add(second, Verdict(Kind.EQUAL, "", 2.0))
+    with path.open("a") as file:
+        file.write('{"case": "sigterm/ch')  # killed while it wrote
+    assert ledger.known([first, second, third]) == {second: Verdict(Kind.EQUAL, "", 2.0)}
+    assert Ledger(path, "other code").known([first, second]) == {}
+    everything = Ledger(path, "other code").known([first, second], any_code=True)
+    assert [verdict.kind for verdict in everything.values()] == [Kind.FAILED, Kind.EQUAL]
+    code = hash_of_code(ROOT)
+    assert code == hash_of_code(ROOT) and len(code) == 16
+
+
 SENTENCE = "error: no room; make some\n"
 TRACEBACK = "Traceback (most recent call last):\n  File ...\nKeyError: 'x'\n"
 
@@ -107,11 +125,11 @@ def test_the_page_is_replaced_between_its_marks_only(tmp_path):
         Case(fault("sigterm"), "mid-epoch", "dali"): Verdict(Kind.EQUAL, seconds=3.2),
         Case(fault("sigterm"), "conversion", "-"): Verdict(Kind.FAILED, "gone", 1),
     }
-    page.write(path, page.markdown(results))
+    page.write(path, page.markdown(results, 3))
     text = path.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "earlier" not in text
     assert "| SIGTERM | mid-epoch |  | equal, 3 s |  |" in text
-    assert "2 faults tried: 1 equal" in text and "1 lost, hung or unexplained" in text
+    assert "2 of 3 faults tried: 1 equal" in text and "1 lost, hung or unexplained" in text
     (tmp_path / "other.md").write_text("no marks")
     with pytest.raises(ValueError, match="no lines"):
         page.write(tmp_path / "other.md", "table")

@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # leaves nothing behind
     ledger = Ledger(args.ledger, hash_of_code(ROOT))
+    if args.known:
+        return _told(ledger.known(chosen, any_code=True), len(chosen), args.write_results)
     results = {} if args.afresh else ledger.known(chosen)
     if results:
         print(f"{len(results)} of {len(chosen)} cells are known from {args.ledger}")
@@ -64,11 +66,15 @@ def main(argv: Sequence[str]) -> int:
     left.sort(key=lambda case: case.fault.ranks)  # the quick ones first
     if left:
         _try_all(left, args, done)
-    ordered = {case: results[case] for case in chosen}
-    print(f"\n{page.counts(ordered)}\n{page.circumstances()}")
-    if args.write_results:
-        page.write(PAGE, page.markdown(ordered))
-    return int(any(verdict.kind is Kind.FAILED for verdict in ordered.values()))
+    return _told({case: results[case] for case in chosen}, len(chosen), args.write_results)
+
+
+def _told(results: dict[Case, Verdict], asked: int, write: bool) -> int:
+    """Print the counts, and write the table if that is wanted; return the exit code."""
+    print(f"\n{page.counts(results, asked)}\n{page.circumstances()}")
+    if write:
+        page.write(PAGE, page.markdown(results, asked))
+    return int(any(verdict.kind is Kind.FAILED for verdict in results.values()))
 
 
 def _try_all(
@@ -130,6 +136,7 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lanes", type=int, default=1, help="cells tried side by side (1)")
     parser.add_argument("--limit", type=float, default=900, help="seconds for a command (900)")
     parser.add_argument("--ledger", type=Path, default=LEDGER, help="of verdicts (%(default)s)")
+    parser.add_argument("--known", action="store_true", help="only tell what the ledger knows")
     parser.add_argument("--afresh", action="store_true", help="try again what is known")
     parser.add_argument("--keep", action="store_true", help="leave the runs where they are")
     parser.add_argument("--list", action="store_true", help="only say what would be tried")

@@ -22,8 +22,8 @@ def line(case: Case, verdict: Verdict) -> str:
     return f"{cell} {verdict.kind.value:<8} {verdict.seconds:5.0f} s{why}"
 
 
-def counts(results: Results) -> str:
-    """Return how many faults were tried and what became of them."""
+def counts(results: Results, asked: int) -> str:
+    """Return how many of the faults that were asked for were tried, and what became of them."""
     found = Counter(verdict.kind for verdict in results.values())
     words = {
         Kind.EQUAL: "equal to the undisturbed run",
@@ -33,10 +33,11 @@ def counts(results: Results) -> str:
         Kind.FAILED: "lost, hung or unexplained",
     }
     rows = [f"{found[kind]} {text}" for kind, text in words.items()]
-    return f"{len(results)} faults tried: {'; '.join(rows)}"
+    tried = f"{len(results)} of {asked}" if len(results) < asked else f"{asked}"
+    return f"{tried} faults tried: {'; '.join(rows)}"
 
 
-def markdown(results: Results) -> str:
+def markdown(results: Results, asked: int) -> str:
     """Return the table: a row per fault and place, a column per loader, with date and machine."""
     rows = [f"| fault | place | {' | '.join(LOADERS)} |", "| --- " * (2 + len(LOADERS)) + "|"]
     for fault in FAULTS:
@@ -53,7 +54,7 @@ def markdown(results: Results) -> str:
         if others:
             apart.append(f"* {fault.title}, {' and '.join(others)}: the loader plays no part.")
     apart.append("* Conversion and evaluation by loader: they read images by themselves.")
-    return "\n".join([circumstances(), "", counts(results) + ".", "", *rows, "",
+    return "\n".join([circumstances(), "", counts(results, asked) + ".", "", *rows, "",
                       "Does not apply:", "", *apart])  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def files(
     for data in sound:
         attempt(data)
     while time.monotonic() < deadline:
-        data = sound[rng.integers(0, len(sound))]
+        data = sound[int(rng.integers(0, len(sound)))]
         small = len(data) < 100_000 and rng.integers(0, 3) == 0
         attempt(a_number_replaced(data, rng) if small else mutated(data, sound, rng))
         tried += 1

@@ -56,11 +56,11 @@ def _changed(data: bytes, others: Sequence[bytes], rng: np.random.Generator) -> 
     if kind == 4:  # twice
         return before + piece * int(rng.integers(2, 20)) + after
     if kind == 5:  # a word in place
-        word = WORDS[rng.integers(0, len(WORDS))]
+        word = WORDS[int(rng.integers(0, len(WORDS)))]
         return before + word + (piece + after)[len(word) :]
     if kind == 6:  # a word between
-        return before + WORDS[rng.integers(0, len(WORDS))] + piece + after
-    other = others[rng.integers(0, len(others))]
+        return before + WORDS[int(rng.integers(0, len(WORDS)))] + piece + after
+    other = others[int(rng.integers(0, len(others)))]
     start = int(rng.integers(0, len(other) + 1))
     return before + other[start : start + length] + after
 
@@ -70,8 +70,8 @@ def a_number_replaced(text: bytes, rng: np.random.Generator) -> bytes:
     runs = [(i, j) for i, j in _runs_of_digits(text)]
     if not runs:
         return text
-    start, stop = runs[rng.integers(0, len(runs))]
-    return text[:start] + str(NUMBERS[rng.integers(0, len(NUMBERS))]).encode() + text[stop:]
+    start, stop = runs[int(rng.integers(0, len(runs)))]
+    return text[:start] + str(NUMBERS[int(rng.integers(0, len(NUMBERS)))]).encode() + text[stop:]
 
 
 def _runs_of_digits(text: bytes) -> list[tuple[int, int]]:

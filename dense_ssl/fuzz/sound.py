@@ -104,7 +104,8 @@ def _saved(image: Image.Image, **how: Any) -> bytes:
     file = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
-    image.save(file, **how, **({"exif": exif} if how["format"] in ("JPEG", "PNG", "WEBP") else {}))
+    more: dict[str, Any] = {"exif": exif} if how["format"] in ("JPEG", "PNG", "WEBP") else {}
+    image.save(file, **how, **more)
     return file.getvalue()
 
 

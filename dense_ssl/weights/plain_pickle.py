@@ -85,12 +85,12 @@ _ARRAYS: dict[str, Any] = {
 class _Reader(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
     """The unpickler in Python: the one in C takes memory for whatever place a pickle wants to note."""
 
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
+    def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a name, or refuse it in torch's words."""
-        name = f"{module_name}.{global_name}"
-        if name not in _ARRAYS:
-            raise pickle.UnpicklingError(f"GLOBAL {name} was not an allowed global")
-        return _ARRAYS[name]
+        path = f"{module}.{name}"
+        if path not in _ARRAYS:
+            raise pickle.UnpicklingError(f"GLOBAL {path} was not an allowed global")
+        return _ARRAYS[path]
 
 
 class _Writer(pickle.Pickler):
