@@ -134,7 +134,8 @@ def key_crop(
     """
     plan = draw_epoch(method.views, source.sizes, seed, epoch, np.array([record]))
     view = positions(method.views)[method.views[0].name].start + 1  # the second is the key
-    box = tuple(int(x) for x in plan.boxes[0, view])
+    left, top, right, bottom = (int(x) for x in plan.boxes[0, view])
+    box = (left, top, right, bottom)
     try:
         image = decode(source.read(record)).resize((side, side), Image.Resampling.BILINEAR, box=box)
     except (OSError, ValueError):
