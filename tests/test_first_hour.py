@@ -90,7 +90,6 @@ def test_set_up_and_the_whole_way_without_data(project):
 
 @pytest.mark.slow
 def test_own_photographs_from_shards_to_timm(project):
-    (project / "runs" / "demo").mkdir(parents=True, exist_ok=True)
     output = follow(project, 3, 7)
     assert "resuming at step 2" in output
     assert "torch.Size([1, 512, 7, 7])" in output
