@@ -51,7 +51,7 @@ visualise: setup ## a picture of what the run sees   RUN=runs/a [KIND=crops|mask
 report: setup ## one self-contained HTML page about a run   RUN=runs/a
 	@$(PY) -m dense_ssl.report "$(RUN)"
 
-compare: setup ## runs beside one another in one page   RUNS=runs/a,runs/b [OUT=compare.html ARGS="--reference runs/right"]
+compare: setup ## does a run look right; runs beside one another in one page   RUNS=runs/a[,runs/b] [OUT=compare.html ARGS="--reference runs/right"]
 	@$(PY) -m dense_ssl.compare "$(RUNS)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 doctor: setup ## what this machine has, whether it works, what a run would need   [METHOD=densecl DATA= RUN= GPUS=]

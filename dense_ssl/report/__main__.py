@@ -17,6 +17,7 @@ from typing import Any
 from dense_ssl import plain_yaml
 from dense_ssl.checkpoint import write_atomically
 from dense_ssl.config import UserError
+from dense_ssl.reference import judge
 from dense_ssl.report.curves import schedule_panels, speed_panels, training_panels, watched_panels
 from dense_ssl.report.facts import glance, progress, run_facts, setting
 from dense_ssl.report.happened import events_of, incidents_table, standing, warnings_of
@@ -92,6 +93,11 @@ def _heading(
     warnings = "".join(
         f'<p class="warning">{html.escape(text)}</p>' for text in warnings_of(log, looks)
     )
+    judged = judge(config, log, looks)
+    if judged.answer == "wrong":
+        warnings += f'<p class="warning">This run {html.escape(judged.sentence)}.</p>'
+    elif judged.answer == "right":
+        warnings += f"<p>This run {html.escape(judged.sentence)}.</p>"
     return (
         f'<header><h1>{html.escape(title)} <span class="state {state}">{state}</span></h1>'
         f"<p>{html.escape(line)}{html.escape(f'; {why}' if why else '')}</p>"
