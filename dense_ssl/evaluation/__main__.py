@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _folder(args: argparse.Namespace) -> Path | None:
     """Where results are kept, if anywhere."""
     run = Path(args.checkpoint)
-    return args.out or (run if run.is_dir() else None)
+    return args.out or (run if (run / "checkpoints").is_dir() else None)
 
 
 def _answers(args: argparse.Namespace) -> list[Result]:
