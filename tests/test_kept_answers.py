@@ -140,3 +140,18 @@ def test_words_are_answered_without_torch(words, code, says, tmp_path):
         cwd=tmp_path,
     )
     assert (done.returncode, says in done.stdout + done.stderr) == (code, True), done.stderr
+
+
+def test_an_answer_that_left_something_out_is_computed_again(tmp_path):
+    about = {
+        "task": "knn",
+        "protocol": "knn/v1",
+        "checkpoint": "",
+        "weights": "",
+        "data": "",
+        "settings": {},
+    }
+    for omitted, known in (([], True), (["val: image not readable: 1"], False)):
+        found = results.results_of({"top1": 5.0}, {}, omitted=omitted, **about)
+        results.append_results(tmp_path, found, "question")
+        assert bool(answer_of(tmp_path, "question")[0]) is known

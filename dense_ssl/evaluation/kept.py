@@ -56,6 +56,8 @@ def answer_of(folder: Path, question: str) -> tuple[list[Result], str]:
     last = [record for record in found if record["time"] == found[-1]["time"]]
     if not last or len(last) != last[0]["rows"]:  # a table of which a part is missing is no answer
         return [], ""
+    if any(record.get("omitted") for record in last):  # what was left out may have come back
+        return [], ""
     names = {field.name for field in fields(Result)}
     results = [Result(**{k: v for k, v in record.items() if k in names}) for record in last]
     return results, last[0]["time"]
