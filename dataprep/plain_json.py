@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 
-def parse(text: str | bytes) -> Any:
-    """Return what a JSON text holds.
+def parse(text: str | bytes, *, not_numbers: bool = False) -> Any:
+    """Return what a JSON text holds; `not_numbers`: also the losses of a run that has diverged.
 
     Raises:
         ValueError: it is no JSON, not Unicode, nested deeper than a parser goes, or holds a number that is
-            none (`NaN`, `Infinity`, which JSON does not know).
+            none (`NaN`, `Infinity`, which JSON does not know) and may not.
     """
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text, parse_constant=float if not_numbers else _no_number)
     except RecursionError:
         raise ValueError("nested too deep") from None
 

@@ -159,7 +159,7 @@ def keep_lines_before(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            record = plain_json.parse(line)
+            record = plain_json.parse(line, not_numbers=True)
         except ValueError:
             break
         at = record.get("step") if isinstance(record, dict) else None

@@ -5,6 +5,7 @@ A page has no script and fetches nothing.
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     apart = -(-len(lines) // MOST_LINES)
     for line in lines if apart <= 1 else [*lines[:-1:apart], lines[-1]]:
         try:
-            record = plain_json.parse(line)
+            record = plain_json.parse(line, not_numbers=True)
         except ValueError:
             continue
         if isinstance(record, dict):
-            records.append(record)
+            records.append({k: v for k, v in record.items() if k.startswith("loss") or _plain(v)})
     return records
+
+
+def _plain(value: Any) -> bool:
+    """Return whether a value is no float that is no number: only losses may be that, and are said to be."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def series(log: Sequence[Mapping[str, Any]], key: str, label: str, scale: float = 1.0) -> Line:
