@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from dataprep.synthetic import write_camvid_discs, write_jpeg
 from dense_ssl.backbones import Backbone, BackboneConfig, Features, make_backbone
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import attention
 from dense_ssl.evaluation.__main__ import main
-from dense_ssl.evaluation.attention import jaccard, mass_masks, strongest_heads
+from dense_ssl.evaluation.matching import attention
+from dense_ssl.evaluation.matching.attention import jaccard, mass_masks, strongest_heads
 
 
 class LooksAtRed(Backbone):

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from dataprep.synthetic import write_jpeg
 from dense_ssl.backbones import Backbone, BackboneConfig, Features, make_backbone
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import augmented, knn, linear, semi_supervised
-from dense_ssl.evaluation.accuracy import accuracies, confusion_sheet
-from dense_ssl.evaluation.augmented import Augmentation, TrainingCrops, seeded
-from dense_ssl.evaluation.classify_data import (
+from dense_ssl.evaluation.classification import augmented, knn, linear, semi_supervised
+from dense_ssl.evaluation.classification.accuracy import accuracies, confusion_sheet
+from dense_ssl.evaluation.classification.augmented import Augmentation, TrainingCrops, seeded
+from dense_ssl.evaluation.classification.data import (
     ClassifyData,
     LabelledPictures,
     Picture,
@@ -24,11 +24,11 @@ from dense_ssl.evaluation.classify_data import (
     open_class_folders,
     picture_size,
 )
+from dense_ssl.evaluation.classification.heads import Heads
+from dense_ssl.evaluation.classification.subsets import draw_subset
 from dense_ssl.evaluation.features import FeatureCache
-from dense_ssl.evaluation.heads import Heads
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.readout import Readout
-from dense_ssl.evaluation.subsets import draw_subset
 
 
 class ColourBackbone(Backbone):

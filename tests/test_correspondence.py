@@ -13,8 +13,9 @@ from dense_ssl.augment import MEAN, STD
 from dense_ssl.backbones import Backbone, BackboneConfig, Features
 from dense_ssl.config import UserError
 from dense_ssl.crops import Crops, MultiCropBatch
-from dense_ssl.evaluation import correspondence, suite
-from dense_ssl.evaluation.cell_matches import hits, match_rates, matched
+from dense_ssl.evaluation import suite
+from dense_ssl.evaluation.matching import correspondence
+from dense_ssl.evaluation.matching.cell_matches import hits, match_rates, matched
 from dense_ssl.visualise.__main__ import expected_cells
 
 

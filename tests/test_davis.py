@@ -13,17 +13,18 @@ from torch.nn import functional as F
 
 from dense_ssl.backbones import Backbone, BackboneConfig, Features, make_backbone
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import davis, suite
-from dense_ssl.evaluation.davis_masks import encoder_of, input_size
-from dense_ssl.evaluation.davis_metrics import (
+from dense_ssl.evaluation import suite
+from dense_ssl.evaluation.features import FeatureCache
+from dense_ssl.evaluation.matching import davis
+from dense_ssl.evaluation.matching.davis_masks import encoder_of, input_size
+from dense_ssl.evaluation.matching.davis_metrics import (
     contour_accuracy,
     outline,
     region_similarity,
     statistics,
     within,
 )
-from dense_ssl.evaluation.features import FeatureCache
-from dense_ssl.evaluation.finer import ThirdStage, dilated
+from dense_ssl.evaluation.matching.finer import ThirdStage, dilated
 
 # --- J and F
 

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from dataprep.synthetic import write_camvid_discs
 from dense_ssl.backbones import Backbone, BackboneConfig, Features
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import hummingbird, retrieve, suite
+from dense_ssl.evaluation import suite
 from dense_ssl.evaluation.features import FeatureCache
-from dense_ssl.evaluation.hummingbird import Memory, chosen, class_shares, look_up
-from dense_ssl.evaluation.segments import packed_segments, unpacked
+from dense_ssl.evaluation.matching import hummingbird, retrieve
+from dense_ssl.evaluation.matching.hummingbird import Memory, chosen, class_shares, look_up
+from dense_ssl.evaluation.matching.segments import packed_segments, unpacked
 
 needs_sklearn = pytest.mark.skipif(find_spec("sklearn") is None, reason="needs scikit-learn")
 

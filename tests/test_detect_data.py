@@ -9,17 +9,17 @@ from PIL import Image
 
 from dataprep.synthetic_objects import HEIGHT, WIDTH, voc_annotation, write_rectangles
 from dense_ssl.config import UserError, validate
-from dense_ssl.evaluation import detect
 from dense_ssl.evaluation.coco import decode_mask
-from dense_ssl.evaluation.detect_augment import (
+from dense_ssl.evaluation.detection import train as detect
+from dense_ssl.evaluation.detection.augment import (
     TrainingExamples,
     at_test_size,
     drawn_geometry,
     read_image,
 )
-from dense_ssl.evaluation.detect_data import open_detection, trainable
-from dense_ssl.evaluation.detect_protocols import DetectConfig
-from dense_ssl.evaluation.draws import Draws
+from dense_ssl.evaluation.detection.data import open_detection, trainable
+from dense_ssl.evaluation.detection.protocols import DetectConfig
+from dense_ssl.evaluation.trained.draws import Draws
 
 # pycocotools 2.0 speaks to numpy 2 in the old way
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -8,9 +8,14 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dense_ssl.evaluation.detect_data import Scene, Thing
-from dense_ssl.evaluation.detect_masks import encoded
-from dense_ssl.evaluation.detect_metrics import Found, coco_scores, inclusive_overlaps, voc_scores
+from dense_ssl.evaluation.detection.data import Scene, Thing
+from dense_ssl.evaluation.detection.masks import encoded
+from dense_ssl.evaluation.detection.metrics import (
+    Found,
+    coco_scores,
+    inclusive_overlaps,
+    voc_scores,
+)
 
 # pycocotools 2.0 speaks to numpy 2 in the old way
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.backbones.vit import interpolate_positions
 from dense_ssl.config import UserError, validate
-from dense_ssl.evaluation.detect_boxes import (
+from dense_ssl.evaluation.detection.boxes import (
     DEVIATIONS,
     BoxPredictor,
     RegionPooler,
@@ -23,11 +23,11 @@ from dense_ssl.evaluation.detect_boxes import (
     refined,
     sample_regions,
 )
-from dense_ssl.evaluation.detect_masks import encoded, mask_loss, pasted
-from dense_ssl.evaluation.detect_model import build, inner_trunk, make_optimizer
-from dense_ssl.evaluation.detect_protocols import DetectConfig
-from dense_ssl.evaluation.detect_rpn import Anchors, Proposals
-from dense_ssl.evaluation.trained_settings import learning_rate
+from dense_ssl.evaluation.detection.masks import encoded, mask_loss, pasted
+from dense_ssl.evaluation.detection.model import build, inner_trunk, make_optimizer
+from dense_ssl.evaluation.detection.protocols import DetectConfig
+from dense_ssl.evaluation.detection.rpn import Anchors, Proposals
+from dense_ssl.evaluation.trained.settings import learning_rate
 
 # pycocotools 2.0 speaks to numpy 2 in the old way
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -15,14 +15,15 @@ from dataprep.synthetic_objects import write_rectangles
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError, validate
 from dense_ssl.distributed import close_world, init_world
-from dense_ssl.evaluation import detect, trained_job
 from dense_ssl.evaluation.__main__ import main
-from dense_ssl.evaluation.detect_augment import TrainingExamples
-from dense_ssl.evaluation.detect_model import build
-from dense_ssl.evaluation.detect_protocols import DetectConfig
+from dense_ssl.evaluation.detection import train as detect
+from dense_ssl.evaluation.detection.augment import TrainingExamples
+from dense_ssl.evaluation.detection.model import build
+from dense_ssl.evaluation.detection.protocols import DetectConfig
 from dense_ssl.evaluation.features import FeatureCache
 from dense_ssl.evaluation.omissions import Omissions
-from dense_ssl.evaluation.training_samples import TrainingSamples
+from dense_ssl.evaluation.trained import job as trained_job
+from dense_ssl.evaluation.trained.samples import TrainingSamples
 from dense_ssl.weights.layouts import to_detectron2
 from dense_ssl.weights.pretrained import load_backbone
 

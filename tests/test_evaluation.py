@@ -16,9 +16,10 @@ from dataprep.scenes import render
 from dataprep.synthetic import write_camvid_discs, write_jpeg
 from dense_ssl.backbones import Backbone, BackboneConfig, Features
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import knn, segment
-from dense_ssl.evaluation.classify_data import Picture, read_picture
+from dense_ssl.evaluation.classification import knn
+from dense_ssl.evaluation.classification.data import Picture, read_picture
 from dense_ssl.evaluation.features import FeatureCache, in_order, thinned
+from dense_ssl.evaluation.segmentation import probe as segment
 
 
 class ColourBackbone(Backbone):

@@ -10,10 +10,11 @@ from PIL import Image
 
 from dataprep.synthetic import write_camvid_discs
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import coco, segment
+from dense_ssl.evaluation import coco
 from dense_ssl.evaluation.metrics import confusion, segmentation_scores
 from dense_ssl.evaluation.omissions import Omissions
-from dense_ssl.evaluation.segment_data import VOID, read_mask, semantic_map
+from dense_ssl.evaluation.segmentation import probe as segment
+from dense_ssl.evaluation.segmentation.data import VOID, read_mask, semantic_map
 
 # pycocotools 2.0 speaks to numpy 2 in the old way
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -12,11 +12,12 @@ from dense_ssl.backbones import BackboneConfig, Projection, make_backbone
 from dense_ssl.checkpoint import FORMAT
 from dense_ssl.config import UserError
 from dense_ssl.distributed import close_world, init_world
-from dense_ssl.evaluation import finetune, knn, linear, suite
-from dense_ssl.evaluation.classify_data import ClassifyData, LabelledPictures
+from dense_ssl.evaluation import suite
+from dense_ssl.evaluation.classification import finetune, knn, linear
+from dense_ssl.evaluation.classification.data import ClassifyData, LabelledPictures
 from dense_ssl.evaluation.features import FeatureCache
-from dense_ssl.evaluation.layer_decay import parameter_groups
 from dense_ssl.evaluation.suite import configs_of
+from dense_ssl.evaluation.trained.layer_decay import parameter_groups
 from dense_ssl.methods.ibot import DinoConfig, IBot
 from dense_ssl.methods.prototype_head import PrototypeHead
 from dense_ssl.weights.layouts import first_projection

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from dataprep.synthetic import write_jpeg
 from dense_ssl.backbones import Backbone, BackboneConfig, Features, make_backbone
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import copydays, landmarks
 from dense_ssl.evaluation.__main__ import main
-from dense_ssl.evaluation.copydays import mean_precision, whitened
+from dense_ssl.evaluation.retrieval import copydays, landmarks
+from dense_ssl.evaluation.retrieval.copydays import mean_precision, whitened
 
 
 class Colours(Backbone):

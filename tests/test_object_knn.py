@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from dataprep.synthetic import write_jpeg
 from dense_ssl.backbones import Backbone, BackboneConfig, Features
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import object_knn
 from dense_ssl.evaluation.__main__ import main
-from dense_ssl.evaluation.object_knn import ObjectCells, moved, object_window
+from dense_ssl.evaluation.classification import object_knn
+from dense_ssl.evaluation.classification.object_knn import ObjectCells, moved, object_window
 
 COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]])
 

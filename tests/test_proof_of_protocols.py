@@ -12,9 +12,11 @@ from PIL import Image
 from dataprep.synthetic import write_camvid_discs
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import attention, hummingbird, retrieve, segment, segment_train
 from dense_ssl.evaluation.catalogue import TASKS
-from dense_ssl.evaluation.segment_protocols import FpnConfig, UperNetConfig
+from dense_ssl.evaluation.matching import attention, hummingbird, retrieve
+from dense_ssl.evaluation.segmentation import probe as segment
+from dense_ssl.evaluation.segmentation import train as segment_train
+from dense_ssl.evaluation.segmentation.protocols import FpnConfig, UperNetConfig
 
 HERE = Path(__file__).parent
 # Per task: that it learns or finds what is there, that it stays at chance where nothing is, and what its
@@ -125,7 +127,7 @@ def test_every_protocol_has_its_proofs():
 
 
 def test_logistic_regression_on_random_labels_stays_at_chance():
-    from dense_ssl.evaluation.semi_supervised import fit_logistic
+    from dense_ssl.evaluation.classification.semi_supervised import fit_logistic
 
     pytest.importorskip("sklearn")
     generator = torch.Generator().manual_seed(0)
@@ -217,7 +219,7 @@ def test_next_to_nothing_in_the_labels(task, tmp_path, vit):
 
 
 def test_frozen_levels_learn_separable_classes_and_not_random_ones(tmp_path, vit):
-    from dense_ssl.evaluation.segment_protocols import FrozenConfig
+    from dense_ssl.evaluation.segmentation.protocols import FrozenConfig
 
     rng = np.random.default_rng(0)
     colours = np.array([(60, 60, 200), (200, 60, 60)])

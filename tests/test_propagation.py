@@ -10,8 +10,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense_ssl import parity
-from dense_ssl.evaluation import label_propagation
-from dense_ssl.evaluation.label_propagation import DINO, REVISITING, Labelled, Rules, propagate
+from dense_ssl.evaluation.matching import label_propagation
+from dense_ssl.evaluation.matching.label_propagation import (
+    DINO,
+    REVISITING,
+    Labelled,
+    Rules,
+    propagate,
+)
 
 
 def filled(shape, step, start):

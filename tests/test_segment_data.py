@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import segment, segment_train
 from dense_ssl.evaluation.label_maps import VOID, Code, read_coded, signed
 from dense_ssl.evaluation.metrics import confusion, segmentation_scores
-from dense_ssl.evaluation.segment_data import SegmentData, open_segmentation
-from dense_ssl.evaluation.segment_layouts import CITYSCAPES, VOC_CLASSES
-from dense_ssl.evaluation.segment_protocols import FcnConfig, FinetuneConfig
+from dense_ssl.evaluation.segmentation import probe as segment
+from dense_ssl.evaluation.segmentation import train as segment_train
+from dense_ssl.evaluation.segmentation.data import SegmentData, open_segmentation
+from dense_ssl.evaluation.segmentation.layouts import CITYSCAPES, VOC_CLASSES
+from dense_ssl.evaluation.segmentation.protocols import FcnConfig, FinetuneConfig
 
 SIZE = (6, 9)
 

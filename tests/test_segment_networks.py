@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError, validate
-from dense_ssl.evaluation.segment_heads import FcnHead, FpnHead, RevisitingFcn, UperHead
-from dense_ssl.evaluation.segment_model import build, parameter_groups, segmentation_loss
-from dense_ssl.evaluation.segment_protocols import (
+from dense_ssl.evaluation.segmentation.heads import FcnHead, FpnHead, RevisitingFcn, UperHead
+from dense_ssl.evaluation.segmentation.model import build, parameter_groups, segmentation_loss
+from dense_ssl.evaluation.segmentation.protocols import (
     CONFIGS,
     FcnConfig,
     FinetuneConfig,
@@ -17,8 +17,8 @@ from dense_ssl.evaluation.segment_protocols import (
     FrozenConfig,
     UperNetConfig,
 )
-from dense_ssl.evaluation.segment_trunks import ResNetStages, ViTLevels, tap_blocks
-from dense_ssl.evaluation.trained_settings import learning_rate
+from dense_ssl.evaluation.segmentation.trunks import ResNetStages, ViTLevels, tap_blocks
+from dense_ssl.evaluation.trained.settings import learning_rate
 
 
 def count(module: nn.Module) -> int:

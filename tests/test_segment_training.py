@@ -17,13 +17,12 @@ from dataprep.synthetic import write_camvid_discs
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
 from dense_ssl.distributed import close_world, init_world
-from dense_ssl.evaluation import segment_train, trained_job
 from dense_ssl.evaluation.__main__ import main
-from dense_ssl.evaluation.draws import Draws
 from dense_ssl.evaluation.features import FeatureCache, normalised
 from dense_ssl.evaluation.label_maps import LabelledImage
 from dense_ssl.evaluation.omissions import Omissions
-from dense_ssl.evaluation.segment_augment import (
+from dense_ssl.evaluation.segmentation import train as segment_train
+from dense_ssl.evaluation.segmentation.augment import (
     MEAN_COLOUR,
     any_scale,
     distorted,
@@ -37,14 +36,16 @@ from dense_ssl.evaluation.segment_augment import (
     saturated,
     turned,
 )
-from dense_ssl.evaluation.segment_crops import TrainingCrops
-from dense_ssl.evaluation.segment_inference import filled_up, predict, slid
-from dense_ssl.evaluation.segment_protocols import (
+from dense_ssl.evaluation.segmentation.crops import TrainingCrops
+from dense_ssl.evaluation.segmentation.inference import filled_up, predict, slid
+from dense_ssl.evaluation.segmentation.protocols import (
     FcnConfig,
     FinetuneConfig,
     FpnConfig,
     UperNetConfig,
 )
+from dense_ssl.evaluation.trained import job as trained_job
+from dense_ssl.evaluation.trained.draws import Draws
 
 SMALL = {"size": "48,64", "batch_size": 4, "workers": 0, "precision": "fp32"}
 

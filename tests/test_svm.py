@@ -10,10 +10,10 @@ import torch
 from dataprep.synthetic import write_jpeg
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
-from dense_ssl.evaluation import svm, svm_fit
-from dense_ssl.evaluation.stages import StageFeatures
+from dense_ssl.evaluation.classification import svm, svm_fit
+from dense_ssl.evaluation.classification.stages import StageFeatures
+from dense_ssl.evaluation.classification.voc_data import open_voc
 from dense_ssl.evaluation.voc import average_precision, svm_cost_grid
-from dense_ssl.evaluation.voc_data import open_voc
 
 sklearn = pytest.importorskip("sklearn")
 CLASSES = ("blue", "green", "red")

@@ -24,31 +24,31 @@ class Task:
 
 
 def _trained_segmentation(config: str) -> Task:
-    return Task("segment_train", f"segment_protocols.{config}", ranks=True, resumes=True)
+    return Task("segmentation.train", f"segmentation.protocols.{config}", ranks=True, resumes=True)
 
 
 TASKS: dict[str, Task] = {
-    "knn": Task("knn", ranks=True),
-    "object-knn": Task("object_knn", ranks=True),
-    "linear": Task("linear", ranks=True, resumes=True),
-    "finetune": Task("finetune", ranks=True, resumes=True),
-    "segment": Task("segment"),
-    "segment-linear": Task("segment"),  # its other name
+    "knn": Task("classification.knn", ranks=True),
+    "object-knn": Task("classification.object_knn", ranks=True),
+    "linear": Task("classification.linear", ranks=True, resumes=True),
+    "finetune": Task("classification.finetune", ranks=True, resumes=True),
+    "segment": Task("segmentation.probe"),
+    "segment-linear": Task("segmentation.probe"),  # its other name
     "segment-fcn": _trained_segmentation("FcnConfig"),
     "segment-upernet": _trained_segmentation("UperNetConfig"),
     "segment-fpn": _trained_segmentation("FpnConfig"),
     "segment-frozen": _trained_segmentation("FrozenConfig"),
     "segment-finetune": _trained_segmentation("FinetuneConfig"),
-    "detect": Task("detect", "detect_protocols.DetectConfig", ranks=True, resumes=True),
-    "attention": Task("attention", ranks=True),
-    "correspondence": Task("correspondence"),
-    "davis": Task("davis", ranks=True, resumes=True),
-    "semi-supervised": Task("semi_supervised", needs=("sklearn",)),
-    "hummingbird": Task("hummingbird"),
-    "retrieve": Task("retrieve", needs=("sklearn",)),
-    "landmarks": Task("landmarks", ranks=True),
-    "copydays": Task("copydays", ranks=True),
-    "svm": Task("svm", needs=("sklearn",)),
+    "detect": Task("detection.train", "detection.protocols.DetectConfig", ranks=True, resumes=True),
+    "attention": Task("matching.attention", ranks=True),
+    "correspondence": Task("matching.correspondence"),
+    "davis": Task("matching.davis", ranks=True, resumes=True),
+    "semi-supervised": Task("classification.semi_supervised", needs=("sklearn",)),
+    "hummingbird": Task("matching.hummingbird"),
+    "retrieve": Task("matching.retrieve", needs=("sklearn",)),
+    "landmarks": Task("retrieval.landmarks", ranks=True),
+    "copydays": Task("retrieval.copydays", ranks=True),
+    "svm": Task("classification.svm", needs=("sklearn",)),
 }
 
 

@@ -108,16 +108,16 @@ def stored_baseline(folder: Path, key: str) -> dict[str, float] | None:
 
 def table(results: Sequence[Result]) -> str:
     """Return the results as aligned text, a row per metric."""
-    rows = [("protocol", "metric", "value", "random init", "gain", "chance")]
+    rows = [("protocol", "metric", "value", "random init", "change", "chance")]
     for result in results:
-        gain = None if result.random_init is None else result.value - result.random_init
+        change = None if result.random_init is None else result.value - result.random_init
         rows.append(
             (
                 result.protocol,
                 result.metric,
                 f"{result.value:.2f}",
                 "-" if result.random_init is None else f"{result.random_init:.2f}",
-                "-" if gain is None else f"{gain:+.2f}",
+                "-" if change is None else f"{change:+.2f}",
                 "-" if result.chance is None else f"{result.chance:.2f}",
             )
         )

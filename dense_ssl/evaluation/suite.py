@@ -65,7 +65,7 @@ def protocol_of(task: str) -> Evaluation:
 def config_of(task: str) -> type[Config]:
     """Return the class of a task's settings."""
     named = TASKS[task].config or f"{TASKS[task].module}.Config"
-    module, _, name = named.partition(".")
+    module, _, name = named.rpartition(".")
     return getattr(import_module(f"dense_ssl.evaluation.{module}"), name)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from dense_ssl.evaluation.segment_data import VOID, LabelledImage
+from dense_ssl.evaluation.segmentation.data import VOID, LabelledImage
 from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import beside, crop_colour, stacked, tiles_sheet
 

@@ -16,8 +16,9 @@ from dense_ssl import checkpoint as checkpoints
 from dense_ssl import replay
 from dense_ssl.config import apply_override, load, read_yaml
 from dense_ssl.evaluation import coco as coco_data
-from dense_ssl.evaluation import davis, features, hummingbird
-from dense_ssl.evaluation.detect_voc import read_voc
+from dense_ssl.evaluation import features
+from dense_ssl.evaluation.detection.voc import read_voc
+from dense_ssl.evaluation.matching import davis, hummingbird
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.results import BASELINES, stored_baseline
 from dense_ssl.fuzz.sound import SPLIT

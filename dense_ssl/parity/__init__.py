@@ -5,7 +5,7 @@ them. Axis order and layouts are the official codes'.
 """
 
 from dense_ssl.distributed import shuffle_indices, unshuffle_indices
-from dense_ssl.evaluation.knn import knn_classify
+from dense_ssl.evaluation.classification.knn import knn_classify
 from dense_ssl.evaluation.voc import (
     average_precision,
     specified_pool,

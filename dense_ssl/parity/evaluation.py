@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from dense_ssl.evaluation.accuracy import accuracies
-from dense_ssl.evaluation.knn import knn_scores
-from dense_ssl.evaluation.layer_decay import layer_decay_scale
-from dense_ssl.evaluation.ranking import generalised_mean, rankings_scores
-from dense_ssl.evaluation.svm_fit import fixed_precisions
+from dense_ssl.evaluation.classification.accuracy import accuracies
+from dense_ssl.evaluation.classification.knn import knn_scores
+from dense_ssl.evaluation.classification.svm_fit import fixed_precisions
+from dense_ssl.evaluation.retrieval.ranking import generalised_mean, rankings_scores
+from dense_ssl.evaluation.trained.layer_decay import layer_decay_scale
 
 __all__ = ["compute_map", "gem", "knn", "layer_decay_scale", "svm_fixed_c"]
 

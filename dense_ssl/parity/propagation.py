@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dense_ssl.evaluation.label_propagation import DINO, REVISITING, Labelled, carried, propagate
+from dense_ssl.evaluation.matching.label_propagation import (
+    DINO,
+    REVISITING,
+    Labelled,
+    carried,
+    propagate,
+)
 
 
 def label_propagate(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dense_ssl.augment import Photometry
 from dense_ssl.config import UserError
-from dense_ssl.evaluation.classify_data import open_classification, read_picture
+from dense_ssl.evaluation.classification.data import open_classification, read_picture
 from dense_ssl.evaluation.features import thinned
 from dense_ssl.loaders.batch import assemble
 from dense_ssl.loaders.folder import cut_one

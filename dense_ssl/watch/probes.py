@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from dense_ssl.evaluation.accuracy import accuracies, chance
-from dense_ssl.evaluation.knn import knn_scores
+from dense_ssl.evaluation.classification.accuracy import accuracies, chance
+from dense_ssl.evaluation.classification.knn import knn_scores
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # DINO's k-NN, arXiv:2104.14294, appendix F.1
 _ALPHAS = np.logspace(-3, 3, 7)  # of which leave-one-out chooses

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dense_ssl.evaluation.cell_matches import TOLERANCES, counts_of
 from dense_ssl.evaluation.features import normalised
+from dense_ssl.evaluation.matching.cell_matches import TOLERANCES, counts_of
 from dense_ssl.loaders.order import Order
 from dense_ssl.loaders.source import ImageSource
 from dense_ssl.log import RunLog, StepClock, logger

@@ -1,0 +1,1 @@
+"""One label an image: nearest neighbours, linear classifiers, support vectors, few labels, fine-tuning."""

@@ -1,0 +1,1 @@
+"""Object detection and instance segmentation by networks trained end to end."""

@@ -1,0 +1,1 @@
+"""Cells compared with cells, nothing trained: videos, correspondences, dense retrieval, attention."""

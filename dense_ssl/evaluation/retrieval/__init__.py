@@ -1,0 +1,1 @@
+"""Whole images looked for among others: landmarks and copies."""
