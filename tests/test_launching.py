@@ -11,6 +11,8 @@ import pytest
 
 from dataprep.synthetic import write_random_images
 from dense_ssl import checkpoint, launch, pretrain
+from dense_ssl.config import load
+from dense_ssl.run_config import RunConfig, recipe_path
 from tests.test_pretrain import RECIPE, wait_for_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,8 +110,9 @@ def test_the_command_for_several_machines_is_one_the_trainer_takes(slurm, tmp_pa
     seen = []
     monkeypatch.setattr(pretrain, "launch_ranks", lambda *given: seen.append(given) or 0)
     assert pretrain.main(arguments) == 0
-    (ranks, rest, nodes, rendezvous), *_ = seen
+    (ranks, rest, config, nodes, rendezvous), *_ = seen
     assert (ranks, nodes, rendezvous) == (8, 2, "node-a:29500")
+    assert (config.method.name, config.run.dir, config.train.epochs) == ("densecl", "runs/a", 100)
     assert rest[0] == "densecl" and "optim.lr=0.1" in rest and "data.path=shards/coco" in rest
 
 
@@ -126,8 +129,10 @@ def test_several_machines_need_to_know_where_they_meet(capsys):
     assert "--rendezvous HOST:PORT" in capsys.readouterr().err
 
 
-def test_the_agent_is_told_of_all_machines(monkeypatch):
+def test_the_agent_is_told_of_all_machines(tmp_path, monkeypatch):
     seen = []
+    given = [f"run.dir={tmp_path}", "data.path=x"]
+    config = load(RunConfig, recipe_path("densecl"), given)
 
     def elastic(config, command):
         seen.append((config.min_nodes, config.max_nodes, config.rdzv_endpoint))
@@ -135,8 +140,8 @@ def test_the_agent_is_told_of_all_machines(monkeypatch):
 
     monkeypatch.setattr(launch, "elastic_launch", elastic)
     monkeypatch.setenv("PYTHONPATH", "")
-    assert launch.launch_ranks(2, ["densecl"], 3, "first:29500") == 0
-    assert launch.launch_ranks(2, ["densecl"]) == 0
+    assert launch.launch_ranks(2, ["densecl", *given], config, 3, "first:29500") == 0
+    assert launch.launch_ranks(2, ["densecl", *given], config) == 0
     assert seen == [(3, 3, "first:29500"), (1, 1, "localhost:0")]
 
 
