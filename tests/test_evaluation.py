@@ -168,7 +168,9 @@ def test_an_image_said_to_be_huge_is_left_out_and_not_decoded(tmp_path):
     data = knn.load(tmp_path, config)
     assert knn.run(ColourBackbone(), data, config)["top1@1"] > 95
     train, val = data.omitted.lines()
-    assert train.startswith("train: image not readable: 1 (0.jpg: not decodable: Image size (4290250000")
+    assert train.startswith(
+        "train: image not readable: 1 (0.jpg: not decodable: Image size (4290250000"
+    )
     assert val == "val: image not readable: 1 (1.jpg: no image format that is known)"
 
 
