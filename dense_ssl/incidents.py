@@ -22,6 +22,7 @@ from dense_ssl.crops import MultiCropBatch
 from dense_ssl.methods import Method
 from dense_ssl.run_config import RunConfig
 from dense_ssl.schedule import Step
+from dense_ssl.step_context import moved_by_forward
 
 logger = logging.getLogger("dense_ssl")
 
@@ -37,11 +38,8 @@ class StepGuard:
         self._method, self._config, self._rank = method, config, rank
         self._folder = Path(config.run.dir) / FOLDER
         self._trained = [p for p in method.parameters() if p.requires_grad]
-        # The forward pass moves nothing but the statistics of BatchNorm.
         self._volatile = [
-            buffer
-            for name, buffer in method.named_buffers()
-            if name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+            buffer for name, buffer in method.named_buffers() if moved_by_forward(name)
         ]
         self._before = [buffer.clone() for buffer in self._volatile]
         self._batches: list[MultiCropBatch] = []

@@ -246,6 +246,7 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
                 if guard.accepts(scaler):
                     freeze(optimizer, step)
                     clip_gradients(optimizer, config.optim.clip)
+                    writer.finish_copy()
                     scaler.step(optimizer)
                     method.after_step(carries, step)
                     for values_of_micro in losses:

@@ -147,7 +147,7 @@ def repeat(bundle: dict[str, Any], device: torch.device) -> Replay:
             output = method(batch, step.at_micro(micro))
         (output.loss / len(bundle["batches"])).backward()
         losses[f"loss[{micro}]"] = float(output.loss.detach())
-        losses |= {f"{name}[{micro}]": float(value) for name, value in output.logs.items()}
+        losses |= {f"loss_{name}[{micro}]": float(value) for name, value in output.logs.items()}
     gradients = [
         Statistic.of(name, p.grad)
         for name, p in method.named_parameters()

@@ -21,3 +21,8 @@ def autocast(device: torch.device, precision: str) -> Any:
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def moved_by_forward(name: str) -> bool:
+    """Return whether a forward pass moves a buffer, by its name: the statistics of BatchNorm, no other."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
