@@ -17,10 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from dense_ssl.checkpoint import write_atomically
-from dense_ssl.config import UserError
+from dense_ssl.config import UserError, read_yaml
 from dense_ssl.report.page import read_jsonl
 from dense_ssl.run_config import with_defaults
 from dense_ssl.watch import RECORDS
@@ -266,9 +264,9 @@ def make(runs: Sequence[Path], name: str) -> str:
     settings, lines, per_epoch = [], [], set()
     for run in runs:
         try:
-            config = yaml.safe_load((run / "config.yaml").read_text())
+            config = read_yaml(run / "config.yaml")
             seed = int(config["train"]["seed"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        except (UserError, KeyError, TypeError, ValueError):
             raise UserError(f"{run}: no readable config.yaml in it; is it a run folder?") from None
         settings.append(comparable(with_defaults(config)))
         log = [r for r in read_jsonl(run / "log.jsonl") if r.get("epoch") and "loss" in r]

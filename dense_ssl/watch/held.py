@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dense_ssl.augment import Photometry
@@ -20,7 +21,7 @@ from dense_ssl.visualise.samples import shown
 
 PAIR = "pair"
 ASKED = 5  # every fifth labelled image is asked for, the others answer
-_UNREADABLE = (OSError, ValueError, SyntaxError)
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as rle
 
 from dense_ssl.evaluation.coco import decode_mask
@@ -12,6 +11,7 @@ from dense_ssl.evaluation.detection.data import Scene, Thing
 from dense_ssl.evaluation.detection.protocols import DetectConfig
 from dense_ssl.evaluation.segmentation.augment import fitted, resized, resized_labels
 from dense_ssl.evaluation.trained.draws import Draws
+from dense_ssl.pictures import open_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,9 @@ def read_image(scene: Scene) -> np.ndarray:
     """Return the pixels, uint8 [H, W, 3].
 
     Raises:
-        OSError, ValueError, SyntaxError: they cannot be read, or are not of the size that is said.
+        OSError, ValueError: they cannot be read, or are not of the size that is said.
     """
-    with Image.open(scene.path) as opened:
+    with open_image(scene.path) as opened:
         pixels = np.array(opened.convert("RGB"))
     if pixels.shape[:2] != (scene.height, scene.width):
         raise ValueError(f"{pixels.shape[:2]} px, annotated as {(scene.height, scene.width)}")

@@ -9,6 +9,7 @@ from pycocotools import mask as rle
 from dense_ssl.evaluation.coco import decode_mask
 from dense_ssl.evaluation.detection.data import Scene
 from dense_ssl.evaluation.detection.metrics import Found
+from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import BACKGROUND, INK, beside, crop_colour, stacked, tiles_sheet
 
 _TILE_PX = 360  # longer side of an image
@@ -26,7 +27,7 @@ def detection_sheet(
     """
     parts = []
     for scene, found in rows:
-        with Image.open(scene.path) as opened:
+        with open_image(scene.path) as opened:
             pixels = np.asarray(opened.convert("RGB"))
         shown = np.argsort(-found.scores, kind="stable")
         good = shown[found.scores[shown] >= _LEAST]

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from PIL import Image
-
 from dense_ssl.config import UserError
 from dense_ssl.evaluation.features import content_key, file_stamp
 from dense_ssl.evaluation.omissions import Omissions
+from dense_ssl.pictures import open_image
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -92,9 +91,9 @@ def _read(home: Path, name: str, split: str, omitted: Omissions) -> Record | Non
         omitted.add(f"{split}: annotation file not readable", notes.name)
         return None
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             size = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError):
         omitted.add(f"{split}: image header not readable", path.name)
         return None
     if size != (width, height):

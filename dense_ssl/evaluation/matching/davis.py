@@ -40,6 +40,7 @@ from dense_ssl.evaluation.matching.label_propagation import DINO, REVISITING
 from dense_ssl.evaluation.omissions import require_some
 from dense_ssl.evaluation.ranks import everyone
 from dense_ssl.evaluation.tinted import beside_truth, label_colours
+from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import stacked, tiles_sheet
 
 Series = tuple[list[float], list[float], list[float], list[float]]  # J, F; of the still mask too
@@ -126,11 +127,16 @@ def pictures(
                 found = _score(video, iter(masks), tqdm(disable=True))
             else:
                 paths = (folder / video.name / f"{frame.stem}.png" for frame in video.frames)
-                masks = [np.asarray(Image.open(path)) for path in paths]
+                masks = [_mask(path) for path in paths]
             sheets[video.name] = _sheet(video, masks, found, data.protocol)
         except (OSError, ValueError, SyntaxError):
             continue  # `run` has named it
     return sheets
+
+
+def _mask(path: Path) -> np.ndarray:
+    with open_image(path) as opened:
+        return np.array(opened)
 
 
 def _score(video: Video, predicted: Iterator[np.ndarray], progress: tqdm) -> list[Series]:

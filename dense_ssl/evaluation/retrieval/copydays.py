@@ -41,6 +41,7 @@ from dense_ssl.evaluation.features import (
 from dense_ssl.evaluation.omissions import Omissions, require_some
 from dense_ssl.evaluation.retrieval.ranking import generalised_mean, retrieval_precision
 from dense_ssl.loaders.source import SUFFIXES
+from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import stacked, tiles_sheet
 
 _QUALITIES = (3, 5, 8, 10, 15, 20, 30, 50, 75)
@@ -272,6 +273,6 @@ def _images(folder: Path) -> tuple[Path, ...]:
 
 def _opened(path: Path, side: int) -> Tensor:
     """An image squashed to a square, uint8 [3, side, side]."""
-    with Image.open(path) as opened:
+    with open_image(path) as opened:
         small = opened.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)

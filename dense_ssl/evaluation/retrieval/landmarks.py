@@ -30,6 +30,7 @@ from dense_ssl.evaluation.features import Extracted, FeatureCache, content_key, 
 from dense_ssl.evaluation.omissions import Omissions, require_some
 from dense_ssl.evaluation.readout import Pool, Readout
 from dense_ssl.evaluation.retrieval.ranking import rankings_scores
+from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import stacked, tiles_sheet
 from dense_ssl.weights import plain_pickle
 
@@ -246,7 +247,7 @@ def _vectors(
 
 def _opened(image: Landmark, longest: int) -> Tensor:
     """The image, or its part, made to fit a square; uint8 [3, H, W]."""
-    with Image.open(image.path) as opened:
+    with open_image(image.path) as opened:
         picture = opened.convert("RGB")
     if image.box is not None:
         picture = picture.crop(tuple(round(edge) for edge in image.box))  # pyright: ignore
