@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,3 +326,12 @@ def test_a_target_that_is_none_is_named():
     with pytest.raises(UserError, match="no target cocoa; there are config"):
         chosen("cocoa")
     assert sys.getrecursionlimit() < 100_000  # so that nesting is refused before the stack ends
+
+
+def test_no_image_is_opened_without_a_list_of_formats_and_no_yaml_around_the_plain_reader():
+    root = Path(__file__).resolve().parent.parent
+    for path in [*root.glob("dense_ssl/**/*.py"), *root.glob("dataprep/**/*.py")]:
+        text = path.read_text()
+        assert "yaml.safe_load" not in text, path
+        for line in text.splitlines():
+            assert "Image.open(" not in line or "formats=" in line, f"{path}: {line.strip()}"
