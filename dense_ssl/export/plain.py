@@ -72,7 +72,7 @@ def _check_torchvision(path: Path, source: Source) -> Checked:
 
 def only_resnets(source: Source) -> str | None:
     """Return why a layout of ResNets cannot hold this network, or None."""
-    if source.is_resnet:
+    if source.is_resnet and "conv1.weight" in source.trunk:  # deep stems have several
         try:
             extract_backbone(source.trunk)
             return None
