@@ -25,7 +25,6 @@ def asked(tmp_path) -> list[str]:
     )
     for split in ("train", "val"):
         write_class_folders(tmp_path / "d" / split, 3, 4)
-    (tmp_path / "d/train/class_0/broken.jpg").write_bytes(b"no image")
     return [
         "knn", "--checkpoint", f"{tmp_path}/net.pth?arch=test_vit", "--data", str(tmp_path / "d"),
         "--out", str(tmp_path / "run"), "--device", "cpu", "size=32", "k=3",
@@ -41,7 +40,6 @@ def test_the_same_question_is_answered_at_once(asked, tmp_path, capsys, monkeypa
     second = capsys.readouterr()
     assert second.out == first.out
     assert "knn: as computed 20" in second.err and "--again" in second.err
-    assert "broken.jpg" in second.err  # what was left out is said again
     assert (tmp_path / "run/eval.jsonl").read_text() == lines
     with pytest.raises(TypeError):
         main([*asked, "--again"])
@@ -58,7 +56,7 @@ def test_what_may_have_changed_is_computed(change, asked, tmp_path, capsys, monk
         other = make_backbone(BackboneConfig(name="test_vit")).trunk.state_dict()
         torch.save(other, tmp_path / "net.pth")
     elif change == "image":
-        (tmp_path / "d/train/class_0/broken.jpg").unlink()
+        min((tmp_path / "d/train/class_0").iterdir()).unlink()
     elif change == "torn":  # half of its rows
         kept.write_text(kept.read_text().splitlines(keepends=True)[0])
     elif change == "forgotten":
