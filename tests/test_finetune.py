@@ -365,3 +365,12 @@ def test_two_ranks_train_and_judge_as_one(halves, tmp_path):
         assert len(omitted) == 1 and omitted[0].startswith("val: image not readable: 1 (broken.jpg")
         for name, value in state.items():
             torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=2e-5)
+
+
+def test_ranks_that_see_other_states_of_a_job_are_told(monkeypatch, tmp_path):
+    from dense_ssl.evaluation import ranks
+
+    assert ranks.start_of_all(3, tmp_path) == 3
+    monkeypatch.setattr(ranks, "everyone", lambda start: [start, 0])
+    with pytest.raises(UserError, match="put the run onto a disk they share"):
+        ranks.start_of_all(3, tmp_path)

@@ -1,6 +1,8 @@
 """What a run's folder knows is answered without torch; what may have changed is computed."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,29 +47,80 @@ def test_the_same_question_is_answered_at_once(asked, tmp_path, capsys, monkeypa
         main([*asked, "--again"])
 
 
-@pytest.mark.parametrize("change", ["setting", "weights", "image", "torn", "forgotten", "program"])
+@pytest.mark.parametrize(
+    "change",
+    ["setting", "weights", "image", "in place", "torn", "forgotten", "program", "neighbours"],
+)
 def test_what_may_have_changed_is_computed(change, asked, tmp_path, capsys, monkeypatch):
     assert main(asked) == 0
     kept = tmp_path / "run/eval.jsonl"
     if change == "setting":
-        asked = [*asked, "k=2"]
+        asked = [*asked, "resampling=bicubic"]
     elif change == "weights":
         torch.manual_seed(4)
         other = make_backbone(BackboneConfig(name="test_vit")).trunk.state_dict()
         torch.save(other, tmp_path / "net.pth")
     elif change == "image":
         min((tmp_path / "d/train/class_0").iterdir()).unlink()
+    elif change == "in place":  # of the same size and date
+        path = min((tmp_path / "d/train/class_0").iterdir())
+        before = path.stat()
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    elif change == "neighbours":  # damaged; another vote must not take them
+        for path in (tmp_path / "run/features").glob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-8])
+        asked = [*asked, "k=2"]
     elif change == "torn":  # half of its rows
         kept.write_text(kept.read_text().splitlines(keepends=True)[0])
     elif change == "forgotten":
         kept.unlink()
+        shutil.rmtree(tmp_path / "run/features")
     else:
         monkeypatch.setattr("dense_ssl.evaluation.kept._LIBRARIES", ("numpy",))
     capsys.readouterr()
     before = len(kept.read_text().splitlines()) if kept.exists() else 0
     assert main(asked) == 0
-    assert "as computed" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "as computed" not in said
+    assert ("another vote" in said) == (change == "torn")  # whose neighbours are whole
     assert len(kept.read_text().splitlines()) == before + 2
+
+
+def test_other_votes_are_taken_of_kept_neighbours(asked, tmp_path, capsys, monkeypatch):
+    """As computing gives them, into the same files; two networks of untrained features are kept too."""
+    assert main([*asked, "k=3,5"]) == 0
+    other = [*asked, "k=4", "temperature=0.5"]
+    anew = [word.replace(str(tmp_path / "run"), str(tmp_path / "anew")) for word in other]
+    assert main(anew) == 0
+    lines = capsys.readouterr().out.splitlines()
+    computed = [line for line in lines if line.startswith("knn/")][-2:]
+    picture = tmp_path / "run/eval/knn-confusion.png"
+    picture.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "evaluate", None)  # computing would now fail
+        assert main(other) == 0
+        shown = capsys.readouterr()
+        assert [line for line in shown.out.splitlines() if line.startswith("knn/")] == computed
+        assert "another vote" in shown.err
+        assert picture.read_bytes() == (tmp_path / "anew/eval/knn-confusion.png").read_bytes()
+        assert main(other) == 0 and "as computed" in capsys.readouterr().err
+    first, second = (
+        list(map(json.loads, path.read_text().splitlines()))[-2:]
+        for path in (tmp_path / "run/eval.jsonl", tmp_path / "anew/eval.jsonl")
+    )
+    for one, two in zip(first, second, strict=True):
+        differ = {name for name in one if one[name] != two[name]}
+        assert differ <= {"time", "seconds", "memory_gb"}
+
+
+def test_features_belong_to_the_program_that_made_them(asked, tmp_path, monkeypatch):
+    assert main(asked) == 0
+    features = sorted((tmp_path / "run/features").glob("*.pt"))
+    assert len(features) == 4  # two splits, trained and untrained
+    monkeypatch.setattr("dense_ssl.evaluation.kept._MEASURING", ("dense_ssl/backbones",))
+    assert main([*asked, "--again"]) == 0
+    assert len(list((tmp_path / "run/features").glob("*.pt"))) == 8
 
 
 def test_the_others_of_several_tasks_are_computed(asked, capsys, monkeypatch):

@@ -292,7 +292,8 @@ def test_layer_decay_and_what_is_not_decayed():
         return group["lr_scale"], group["weight_decay"]
 
     trunk = "trunk.levels.backbone.trunk."
-    assert of(trunk + "pos_embed") == (0.5**7, 0.0) and of(trunk + "cls_token") == (0.5**7, 0.0)
+    # Published: what is not decayed is named without the backbone's prefix, so positions and tokens are.
+    assert of(trunk + "pos_embed") == (0.5**7, 0.05) and of(trunk + "cls_token") == (0.5**7, 0.05)
     assert of(trunk + "patch_embed.proj.weight") == (0.5**7, 0.05)
     assert of(trunk + "blocks.0.attn.qkv.weight") == (0.5**6, 0.05)
     assert of(trunk + "blocks.5.mlp.fc2.bias") == (0.5, 0.0)

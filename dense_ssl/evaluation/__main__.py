@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dense_ssl.config import UserError
-from dense_ssl.evaluation.catalogue import TASKS, data_paths, task_names
-from dense_ssl.evaluation.kept import answer_of, question_of, weights_of
+from dense_ssl.evaluation.catalogue import TASKS, configs_of, data_paths, task_names
+from dense_ssl.evaluation.kept import Question, answer_of, asked, voted_again, weights_of
 from dense_ssl.evaluation.results import RESULTS, Result, table
 
 _SPECS = """SPEC: a run folder, a checkpoint or official file, timm:NAME (published weights), random:NAME"""
@@ -92,21 +92,32 @@ def _answers(args: argparse.Namespace) -> list[Result]:
     folder = _folder(args)
     if folder is None:
         return _computed(tasks, args, None, {})
-    asked = {"settings": args.settings, "random": args.random, "device": args.device}
+    about = {"random": args.random, "device": args.device, "checkpoint": args.checkpoint}
+    # Votes on what is kept need no torch, and settings of several tasks are told apart by all of them.
+    light = all(TASKS[task].again for task in tasks)
+    configs = configs_of(tasks, args.settings) if light else {}
     questions = {
-        task: question_of(task, checkpoint=args.checkpoint, data=paths[task], **asked)
+        task: asked(
+            task, data=paths[task], settings=args.settings, config=configs.get(task), **about
+        )
         for task in tasks
     }
     known: dict[str, list[Result]] = {}
     # Several ranks must go the same way, and a folder may not be the same on all machines.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     for task in tasks if alone and not args.again else ():
-        results, when = answer_of(folder, questions[task])
+        results, when = answer_of(folder, questions[task].whole)
+        if results:
+            print(f"{task}: as computed {when} (--again computes it once more)", file=sys.stderr)
+        elif task in configs:
+            where = {"checkpoint": args.checkpoint, "data": paths[task]}
+            results = voted_again(folder, task, questions[task], configs[task], **where)
+            if results:
+                print(
+                    f"{task}: another vote of the neighbours in {folder}/features", file=sys.stderr
+                )
         if results:
             known[task] = results
-            print(f"{task}: as computed {when} (--again computes it once more)", file=sys.stderr)
-            for line in results[0].omitted:
-                print(f"{task}: left out of {results[0].data}: {line}", file=sys.stderr)
     left = [task for task in tasks if task not in known]
     found = _computed(left, args, folder, questions) if left else []
     return [
@@ -117,7 +128,7 @@ def _answers(args: argparse.Namespace) -> list[Result]:
 
 
 def _computed(
-    tasks: list[str], args: argparse.Namespace, folder: Path | None, questions: dict[str, str]
+    tasks: list[str], args: argparse.Namespace, folder: Path | None, questions: dict[str, Question]
 ) -> list[Result]:
     # torch takes 2 s to import: help, a wrong word and what is known already shall not wait for it.
     from dense_ssl.evaluation.suite import evaluate

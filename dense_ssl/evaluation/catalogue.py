@@ -4,11 +4,13 @@ A task's protocol is imported when it is asked for: all together bring timm, tor
 which takes seconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from dense_ssl.config import UserError
+from dense_ssl.config import Config, UserError, apply_override, validate
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,9 @@ class Task:
     ranks: bool = False  # knows what to do under torchrun
     # A long job that keeps its state in the cache, for the untrained network too.
     resumes: bool = False
+    # A module without torch that answers from what is kept beside the features: VOTING, the settings that
+    # change none of it, `scored` and `drawn`. Then `config` is read without torch too.
+    again: str = ""
 
 
 def _trained_segmentation(config: str) -> Task:
@@ -28,7 +33,12 @@ def _trained_segmentation(config: str) -> Task:
 
 
 TASKS: dict[str, Task] = {
-    "knn": Task("classification.knn", ranks=True),
+    "knn": Task(
+        "classification.knn",
+        "classification.knn_settings.Config",
+        ranks=True,
+        again="classification.knn_again",
+    ),
     "object-knn": Task("classification.object_knn", ranks=True),
     "linear": Task("classification.linear", ranks=True, resumes=True),
     "finetune": Task("classification.finetune", ranks=True, resumes=True),
@@ -83,3 +93,32 @@ def data_paths(tasks: Sequence[str], data: str) -> dict[str, Path]:
         if not paths[task].is_dir():
             raise UserError(f"{task}: no such data folder: {text}")
     return paths
+
+
+def config_of(task: str) -> type[Config]:
+    """Return the class of a task's settings."""
+    named = TASKS[task].config or f"{TASKS[task].module}.Config"
+    module, _, name = named.rpartition(".")
+    return getattr(import_module(f"dense_ssl.evaluation.{module}"), name)
+
+
+def configs_of(tasks: Sequence[str], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the validated settings of each task, after `key=value` and `task.key=value`.
+
+    Raises:
+        UserError: no task has the key, or a value is out of range.
+    """
+    given: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+    own: list[tuple[str, str]] = []
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        task, dot, _ = key.partition(".")
+        if equals and dot and task in given:
+            own.append((task, override.partition(".")[2]))  # goes before one for all
+            continue
+        takers = [name for name in tasks if key in config_of(name).model_fields] or list(tasks)
+        for name in takers:
+            apply_override(given[name], override)
+    for task, override in own:
+        apply_override(given[task], override)
+    return {task: validate(config_of(task), given[task], task) for task in tasks}

@@ -38,7 +38,8 @@ class FeatureCache:
     """Features on disk, one file per (weights, data, settings)."""
 
     folder: Path
-    weights: str  # sha256 of the backbone
+    weights: str  # what tells the network, and the program that reads it, from others
+    most_bytes: int | None = None  # of one file of features; larger ones are not kept
 
     def path(self, key: str) -> Path:
         """Return the file for features of the content `key` describes."""
@@ -48,6 +49,11 @@ class FeatureCache:
     def job(self, key: str) -> Path:
         """Return the folder of a long job's own checkpoints, made by whoever writes to it."""
         return self.path(key).with_suffix(".job")
+
+    def has_room_for(self, features: Tensor) -> bool:
+        """Return whether features are small enough to be kept."""
+        size = features.numel() * features.element_size()
+        return self.most_bytes is None or size <= self.most_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +101,7 @@ def extract(
             backbone, images, share, read, reduce, batch_size, label, precision, beside
         )
         stored = _merged(everyone(computed))
-        if path is not None and rank() == 0:
+        if path is not None and rank() == 0 and cache and cache.has_room_for(stored["features"]):
             _save(path, stored)
     for position, reason in zip(stored["lost"].tolist(), stored["reasons"]):
         omitted.add(f"{label}: image not readable", f"{images[position]}: {reason}")
@@ -117,9 +123,12 @@ def content_key(*parts: object) -> str:
 
 
 def file_stamp(path: Path) -> str:
-    """Return a file's path, size and time of change as text, for `content_key`."""
+    """Return a file's path, size and times of change as text, for `content_key`.
+
+    The second time (of the inode) cannot be set back: a file written anew is never taken for the old one.
+    """
     stat = path.stat()
-    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 def thinned(items: Sequence[T], limit: int | None) -> tuple[T, ...]:

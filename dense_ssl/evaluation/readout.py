@@ -3,17 +3,14 @@
 Every token has passed the backbone's final norm, those of earlier blocks too (DINO's protocol).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dense_ssl.backbones import Backbone, ViTBackbone
 from dense_ssl.config import UserError
-
-# cls: the first class token (a ResNet's: its pooled map); second: the next one (UDI's cls+);
-# both: the two beside each other; mean: of the last block's cells; cls+mean: of ViT-B's linear probe.
-Pool = Literal["cls", "second", "both", "mean", "cls+mean"]
+from dense_ssl.evaluation.choices import Pool
 
 
 class Readout(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -89,6 +90,11 @@ def append_results(folder: Path, results: Sequence[Result], question: str = "") 
     if question:
         about |= {"question": question, "rows": len(results)}
     append(folder / RESULTS, [asdict(result) | about for result in results])
+
+
+def peak_memory_gb() -> float:
+    """Return the peak of this process's memory since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def stored_baseline(folder: Path, key: str) -> dict[str, float] | None:

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
@@ -13,22 +12,26 @@ from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import torch
-from PIL import Image
 
 from dense_ssl.backbones import Backbone, Projection, make_backbone
-from dense_ssl.config import Config, UserError, apply_override, validate
+from dense_ssl.config import Config, UserError
 from dense_ssl.distributed import World, close_world, init_world, rank
 from dense_ssl.evaluation import results
-from dense_ssl.evaluation.catalogue import TASKS, data_paths
+from dense_ssl.evaluation.catalogue import TASKS, config_of, configs_of, data_paths
+from dense_ssl.evaluation.drawn import draw
 from dense_ssl.evaluation.features import FeatureCache, content_key
+from dense_ssl.evaluation.kept import Question, measuring_program, remember
 from dense_ssl.evaluation.protocol_settings import departs
 from dense_ssl.evaluation.results import Result
 from dense_ssl.weights.fingerprint import weights_sha256
 from dense_ssl.weights.pretrained import Loaded, load_backbone
 
 _log = logging.getLogger(__name__)
-PICTURES = "eval"  # folder below the run's
+__all__ = ["config_of", "configs_of", "evaluate", "network_key", "protocol_of"]
 _RANDOM_SEED = 0
+_BASELINE_BYTES = (
+    1 << 30
+)  # features of an untrained network beyond this are computed again instead of kept
 
 
 class Data(Protocol):
@@ -62,13 +65,6 @@ def protocol_of(task: str) -> Evaluation:
     return cast(Evaluation, import_module(f"dense_ssl.evaluation.{TASKS[task].module}"))
 
 
-def config_of(task: str) -> type[Config]:
-    """Return the class of a task's settings."""
-    named = TASKS[task].config or f"{TASKS[task].module}.Config"
-    module, _, name = named.rpartition(".")
-    return getattr(import_module(f"dense_ssl.evaluation.{module}"), name)
-
-
 def evaluate(
     tasks: Sequence[str],
     checkpoint: str,
@@ -78,7 +74,7 @@ def evaluate(
     out: Path | None = None,
     random: bool = True,
     device: str = "auto",
-    questions: Mapping[str, str] = MappingProxyType({}),
+    questions: Mapping[str, Question] = MappingProxyType({}),
 ) -> list[Result]:
     """Return the results of `tasks` on the backbone that `checkpoint` names.
 
@@ -117,7 +113,7 @@ def _evaluate(
     out: Path | None,
     random: bool,
     where: torch.device,
-    questions: Mapping[str, str],
+    questions: Mapping[str, Question],
 ) -> list[Result]:
     _place(loaded.backbone, where)
     untrained = _untrained(loaded) if random and not _is_random(loaded.name) else None
@@ -127,7 +123,7 @@ def _evaluate(
     for name in tasks:
         protocol, config, path = protocol_of(name), configs[name], paths[name]
         content = protocol.load(path, config)
-        cache = FeatureCache(out / "features", network_key(loaded)) if out else None
+        cache = _cache(out, loaded)
         started = time.perf_counter()
         values = protocol.run(loaded.backbone, content, config, cache)
         seconds = time.perf_counter() - started
@@ -139,7 +135,9 @@ def _evaluate(
             _log.warning("%s: left out of %s: %s", name, path, line)
         pictures = getattr(protocol, "pictures", None)
         if out and pictures is not None:
-            _draw(out / PICTURES, name, pictures(loaded.backbone, content, config, cache))
+            sheets = pictures(loaded.backbone, content, config, cache)
+            if rank() == 0:
+                draw(out, name, sheets)
         baseline: Mapping[str, float] = {}
         if untrained is not None:
             baseline = _baseline(name, untrained, content, config, out)
@@ -156,32 +154,13 @@ def _evaluate(
             seconds=round(seconds, 3),
             memory_gb=round(memory_gb, 3),
         )
+        question = questions.get(name, Question())
         if out and rank() == 0:
-            results.append_results(out, found, questions.get(name, ""))
+            results.append_results(out, found, question.whole)
+            if TASKS[name].again and question.features and not left_out:
+                _remember(out, question, protocol, content, config, (loaded, untrained))
         collected += found
     return collected
-
-
-def configs_of(tasks: Sequence[str], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return the validated settings of each task, after `key=value` and `task.key=value`.
-
-    Raises:
-        UserError: no task has the key, or a value is out of range.
-    """
-    given: dict[str, dict[str, Any]] = {task: {} for task in tasks}
-    own: list[tuple[str, str]] = []
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        task, dot, _ = key.partition(".")
-        if equals and dot and task in given:
-            own.append((task, override.partition(".")[2]))  # goes before one for all
-            continue
-        takers = [name for name in tasks if key in config_of(name).model_fields] or list(tasks)
-        for name in takers:
-            apply_override(given[name], override)
-    for task, override in own:
-        apply_override(given[task], override)
-    return {task: validate(config_of(task), given[task], task) for task in tasks}
 
 
 def _require_modules(tasks: Sequence[str]) -> None:
@@ -209,6 +188,36 @@ def network_key(loaded: Loaded) -> str:
     return content_key(loaded.sha256, loaded.config.model_dump_json())
 
 
+def _cache(out: Path | None, loaded: Loaded, most_bytes: int | None = None) -> FeatureCache | None:
+    """Where a network's features and jobs are kept: with the program that made them."""
+    if out is None:
+        return None
+    return FeatureCache(
+        out / "features", content_key(network_key(loaded), measuring_program()), most_bytes
+    )
+
+
+def _remember(
+    out: Path,
+    question: Question,
+    protocol: Any,
+    content: Any,
+    config: Any,
+    networks: tuple[Loaded, Loaded | None],
+) -> None:
+    """Note which files of neighbours belong to a question, for a second one without torch."""
+    files = [
+        protocol.neighbours_file(content, config, _cache(out, network)).name if network else ""
+        for network in networks
+    ]
+    about = {
+        "protocol": content.protocol,
+        "classes": content.classes,
+        "weights": networks[0].sha256,
+    }
+    remember(out, question.features, about | {"files": files})
+
+
 def _is_random(checkpoint: str) -> bool:
     return checkpoint.startswith("random:")
 
@@ -220,11 +229,11 @@ def _baseline(
     settings = json.dumps(config.model_dump(mode="json"), sort_keys=True)
     weights = untrained.sha256
     network = network_key(untrained)
-    key = content_key(content.protocol, content.content, settings, network)
+    key = content_key(content.protocol, content.content, settings, network, measuring_program())
     stored = results.stored_baseline(out, key) if out else None
     if stored is not None:
         return stored
-    cache = FeatureCache(out / "features", network) if out and TASKS[task].resumes else None
+    cache = _cache(out, untrained, None if TASKS[task].resumes else _BASELINE_BYTES)
     values = protocol_of(task).run(untrained.backbone, content, config, cache)
     if out and rank() == 0:
         record = {"key": key, "protocol": content.protocol, "weights": weights, "values": values}
@@ -232,26 +241,11 @@ def _baseline(
     return values
 
 
-def _draw(folder: Path, task: str, sheets: Mapping[str, Image.Image]) -> None:
-    """Write the pictures of a task, each whole or not at all."""
-    if rank() != 0:
-        return
-    for name, sheet in sheets.items():
-        path = folder / f"{task}-{name}.png"
-        aside = path.with_name(f".{path.name}.writing")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            sheet.save(aside, format="PNG")
-            aside.replace(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
 def _peak_memory_gb(device: torch.device) -> float:
     """Peak of the memory allocated on a GPU, or of this process's since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return results.peak_memory_gb()
 
 
 def _world(device: str, tasks: Sequence[str]) -> World:

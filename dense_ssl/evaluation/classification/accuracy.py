@@ -1,46 +1,62 @@
-"""Top-1 and top-5, what chance would reach, and the confusion matrix as a picture."""
+"""Top-1 and top-5, what chance would reach, and the confusion matrix as a picture; without torch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 _INK, _SOFT, _BACKGROUND = (28, 31, 36), (120, 128, 138), (255, 255, 255)
 _NONE, _ALL = np.array([247, 249, 251]), np.array([20, 62, 130])  # colours of shares 0 and 1
 _SHEET_PX, _NAMED = 720, 40  # side of the matrix; more classes than this get no names
 
 
-def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return `top1` and `top5` in percent of scores [n, C] for labels int64 [n].
+def accuracies(scores: Any, labels: Any) -> dict[str, float]:
+    """Return `top1` and `top5` in percent of scores [n, C] for labels [n]; arrays, or tensors on the CPU.
 
-    With fewer than five classes, top5 counts as many as there are.
+    Of equal scores the first class counts as the higher one, as argmax takes it. With fewer than five
+    classes, top5 counts as many as there are.
     """
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
-    return {
-        "top1": 100 * hits[:, 0].float().mean().item(),
-        "top5": 100 * hits.any(1).float().mean().item(),
-    }
+    return hits(places(np.asarray(scores), np.asarray(labels)))
 
 
-def chance(train_labels: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
+def places(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return how many classes stand before the true one, int64 [n]; scores that are NaN stand before all."""
+    own = scores[np.arange(len(labels)), labels][:, None]
+    before = ~(scores <= own)
+    before |= (scores == own) & (np.arange(scores.shape[1]) < labels[:, None])
+    return before.sum(1)
+
+
+def hits(found: np.ndarray) -> dict[str, float]:
+    """Return `top1` and `top5` in percent of `places`."""
+    return {f"top{count}": 100 * float((found < count).mean()) for count in (1, 5)}
+
+
+def frequencies(labels: Any, classes: int) -> np.ndarray:
+    """Return how many of labels [n] are of each class, int64 [classes]."""
+    return np.bincount(np.asarray(labels).astype(np.int64), minlength=classes)
+
+
+def chance(train_labels: Any, labels: Any, classes: int) -> dict[str, float]:
     """Return `chance/top1` and `chance/top5`: always answering the most frequent training classes."""
-    frequencies = torch.bincount(train_labels, minlength=classes).float().expand(len(labels), -1)
-    return {f"chance/{name}": value for name, value in accuracies(frequencies, labels).items()}
+    return chance_of(frequencies(train_labels, classes), labels)
 
 
-def confusion_sheet(
-    labels: Tensor, predicted: Tensor, names: Sequence[str], title: str
-) -> Image.Image:
+def chance_of(counts: np.ndarray, labels: Any) -> dict[str, float]:
+    """Return the same from the training images of each class, int [C]."""
+    found = places(np.broadcast_to(counts, (len(labels), len(counts))), np.asarray(labels))
+    return {f"chance/{name}": value for name, value in hits(found).items()}
+
+
+def confusion_sheet(labels: Any, predicted: Any, names: Sequence[str], title: str) -> Image.Image:
     """Return the confusion matrix: a row per true class, in shares of its images; darker is more.
 
-    labels and predicted int64 [n]. A class without images has an empty row.
+    labels and predicted: int [n], arrays or tensors on the CPU. A class without images has an empty row.
     """
     classes = len(names)
-    cells = labels.cpu() * classes + predicted.cpu()
-    counts = torch.bincount(cells, minlength=classes * classes).view(classes, classes).numpy()
+    cells = np.asarray(labels).astype(np.int64) * classes + np.asarray(predicted)
+    counts = frequencies(cells, classes * classes).reshape(classes, classes)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     # Square roots, so that rare mistakes can be seen at all.
     colours = _NONE + np.sqrt(shares)[..., None] * (_ALL - _NONE)

@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from dense_ssl.augment import MEAN
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank, world_size
+from dense_ssl.evaluation.choices import Filter
 from dense_ssl.evaluation.classification.data import (
     FILTERS,
-    Filter,
     Picture,
     open_picture,
     picture_size,

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dense_ssl.config import UserError
 from dense_ssl.evaluation import coco
+from dense_ssl.evaluation.choices import Filter
 from dense_ssl.evaluation.features import content_key, file_stamp, thinned
 from dense_ssl.evaluation.omissions import Omissions, require_some
 from dense_ssl.loaders.source import SUFFIXES, decode, upright_size
@@ -21,7 +21,6 @@ from dense_ssl.pictures import open_image
 SPLITS = ("train", "val")
 MIN_OBJECT_PX = 32  # shorter side of a box that is worth recognising
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-Filter = Literal["bilinear", "bicubic"]  # Pillow's, antialiased
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from dense_ssl.backbones import Backbone, Projection, ViTBackbone, make_backbone
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank, world_size
+from dense_ssl.evaluation.choices import Filter
 from dense_ssl.evaluation.classification.accuracy import accuracies, chance, confusion_sheet
 from dense_ssl.evaluation.classification.augmented import (
     Augmentation,
@@ -51,7 +52,6 @@ from dense_ssl.evaluation.classification.augmented import (
 )
 from dense_ssl.evaluation.classification.data import (
     ClassifyData,
-    Filter,
     open_classification,
     read_picture,
 )
@@ -63,7 +63,7 @@ from dense_ssl.evaluation.features import (
     extract,
     normalised,
 )
-from dense_ssl.evaluation.ranks import share_buffers
+from dense_ssl.evaluation.ranks import share_buffers, start_of_all
 from dense_ssl.evaluation.trained.layer_decay import freeze_all_but, parameter_groups
 from dense_ssl.rng import key_of
 from dense_ssl.schedule import Schedule, Step
@@ -255,7 +255,7 @@ def _trained(
     key = content_key("finetune", data.protocol, data.content, settings)
     folder = cache.job(key) if cache else None
     saved = checkpoint.load_newest(folder) if folder else None
-    start = _resume(model, optimizer, saved)
+    start = start_of_all(_resume(model, optimizer, saved), folder)
     if start == config.epochs:
         return model.eval()
     crops = _crops(data, config)

@@ -8,51 +8,36 @@ UDI (arXiv:2407.17671) has two class tokens: `pool=second` and `pool=both` read 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from dense_ssl.backbones import Backbone
-from dense_ssl.config import Config as BaseConfig
-from dense_ssl.evaluation.classification.accuracy import accuracies, chance, confusion_sheet
+from dense_ssl.distributed import rank
+from dense_ssl.evaluation.classification.accuracy import frequencies
 from dense_ssl.evaluation.classification.data import (
     ClassifyData,
-    Filter,
     LabelledPictures,
     open_classification,
     read_picture,
 )
+from dense_ssl.evaluation.classification.knn_again import confusion
+from dense_ssl.evaluation.classification.knn_settings import VOTING, Config
+from dense_ssl.evaluation.classification.votes import Neighbours, keep, kept, voted, votes
 from dense_ssl.evaluation.features import FeatureCache, check_size, content_key, extract
-from dense_ssl.evaluation.readout import Pool, Readout
+from dense_ssl.evaluation.ranks import everyone
+from dense_ssl.evaluation.readout import Readout
+
+__all__ = [
+    "Config", "knn_classify", "knn_scores", "load", "neighbours", "neighbours_file", "pictures", "run",
+]  # fmt: skip
 
 _CHUNK = 512  # validation images compared at once
 _BANK_CHUNK = 131072  # with so many training images: 256 MB of similarities
-
-
-class Config(BaseConfig):
-    """Settings of the protocol; the defaults are ImageNet's."""
-
-    size: Annotated[int, Field(ge=16)] = 224  # side of the network's input in pixels
-    k: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 100, 200)
-    # neighbours; `k=20` and `k=10,20` are understood
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    pool: Pool = "cls"
-    resampling: Filter = "bilinear"  # MoCo's and DenseCL's; DINO, iBOT and UDI: bicubic
-    bank: Literal["fp32", "fp16"] = "fp32"  # how features are kept; similarities are float32
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    max_train: Annotated[int, Field(ge=1)] | None = None  # evenly spaced share of a large split
-    max_val: Annotated[int, Field(ge=1)] | None = None
-
-    @field_validator("k", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return value.split(",")
-        return (value,) if isinstance(value, int) else value
+_KEPT = 200  # neighbours that are kept at least: the most that is published
 
 
 def load(path: Path, config: Config) -> ClassifyData:
@@ -72,28 +57,23 @@ def run(
     k is clipped to the number of training images. Chance is the accuracy of always answering with the
     most frequent training classes.
     """
-    train_f, train_y, val_f, val_y = _splits(backbone, data, config, cache)
-    classes = len(data.classes)
-    values: dict[str, float] = {}
-    ks = sorted({min(k, len(train_f)) for k in config.k})
-    similarity, nearest = neighbours(train_f, val_f, max(ks))
-    for k in ks:
-        scores = _votes(similarity[:, :k], train_y[nearest[:, :k]], config.temperature, classes)
-        values |= {f"{name}@{k}": value for name, value in accuracies(scores, val_y).items()}
-    return values | chance(train_y, val_y, classes)
+    return voted(_nearest(backbone, data, config, cache), config.k, config.temperature)
 
 
 def pictures(
     backbone: Backbone, data: ClassifyData, config: Config, cache: FeatureCache | None = None
 ) -> dict[str, Image.Image]:
     """Return the confusion matrix of the middle k."""
-    train_f, train_y, val_f, val_y = _splits(backbone, data, config, cache)
-    ks = sorted({min(k, len(train_f)) for k in config.k})
-    k = ks[(len(ks) - 1) // 2]
-    scores = knn_scores(train_f, train_y, val_f, k, config.temperature, len(data.classes))
-    top1 = accuracies(scores, val_y)["top1"]
-    title = f"{data.protocol}: k = {k}, top-1 {top1:.1f} %"
-    return {"confusion": confusion_sheet(val_y, scores.argmax(1), data.classes, title)}
+    near = _nearest(backbone, data, config, cache)
+    return confusion(near, config, data.classes, data.protocol)
+
+
+def neighbours_file(data: ClassifyData, config: Config, cache: FeatureCache) -> Path:
+    """Return where neighbours are kept: whatever is voted from them does not change the name."""
+    key = content_key(
+        "neighbours", data.protocol, data.content, config.model_dump_json(exclude=set(VOTING))
+    )
+    return cache.path(key).with_suffix(".safetensors")
 
 
 def knn_classify(
@@ -109,12 +89,10 @@ def knn_classify(
 def knn_scores(
     train_f: Tensor, train_y: Tensor, test_f: Tensor, k: int, T: float, classes: int
 ) -> Tensor:
-    """Return the vote for every class [m, classes]: sum of exp(similarity / T) over its neighbours.
-
-    Votes are divided by the largest weight, exp(s_1 / T), which changes no order and cannot overflow.
-    """
+    """Return the vote for every class, float64 [m, classes] on the CPU (votes.py)."""
     similarity, nearest = neighbours(train_f, test_f, k)
-    return _votes(similarity, train_y[nearest], T, classes)
+    found = votes(similarity.cpu().numpy(), train_y[nearest].cpu().numpy(), T, classes)
+    return torch.from_numpy(found)
 
 
 def neighbours(train_f: Tensor, test_f: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -140,11 +118,28 @@ def neighbours(train_f: Tensor, test_f: Tensor, k: int) -> tuple[Tensor, Tensor]
     return torch.cat([best for best, _ in rows]), torch.cat([whose for _, whose in rows])
 
 
-def _votes(similarity: Tensor, labels: Tensor, T: float, classes: int) -> Tensor:
-    """Votes [m, classes] of neighbours with similarities [m, k], descending, and labels [m, k]."""
-    weights = ((similarity - similarity[:, :1]) / T).exp()
-    votes = torch.zeros(len(weights), classes, device=weights.device)
-    return votes.scatter_add_(1, labels, weights)
+def _nearest(
+    backbone: Backbone, data: ClassifyData, config: Config, cache: FeatureCache | None
+) -> Neighbours:
+    """The neighbours that votes are taken of; with a cache, looked for once."""
+    file = neighbours_file(data, config, cache) if cache else None
+    found = kept(file) if file else None
+    enough = found is not None and found.answers(max(config.k))
+    if all(everyone(enough)) and found is not None:  # of all ranks, so that they go the same way
+        return found
+    train_f, train_y, val_f, val_y = _splits(backbone, data, config, cache)
+    similarity, nearest = neighbours(train_f, val_f, max(*config.k, _KEPT))
+    found = Neighbours(
+        similarity.cpu().numpy(),
+        train_y[nearest].cpu().numpy().astype(np.int32),
+        val_y.cpu().numpy().astype(np.int32),
+        frequencies(train_y.cpu(), len(data.classes)),
+    )
+    # What could not be read is to be tried again the next time.
+    whole = len(train_y) == len(data.train.pictures) and len(val_y) == len(data.val.pictures)
+    if file is not None and whole and rank() == 0:
+        keep(file, found)
+    return found
 
 
 def _splits(

@@ -33,6 +33,7 @@ from dense_ssl.backbones import Backbone, ViTBackbone
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank
+from dense_ssl.evaluation.choices import Filter, Pool
 from dense_ssl.evaluation.classification.accuracy import accuracies, chance, confusion_sheet
 from dense_ssl.evaluation.classification.augmented import (
     Augmentation,
@@ -42,7 +43,6 @@ from dense_ssl.evaluation.classification.augmented import (
 )
 from dense_ssl.evaluation.classification.data import (
     ClassifyData,
-    Filter,
     LabelledPictures,
     held_out,
     open_classification,
@@ -56,7 +56,8 @@ from dense_ssl.evaluation.features import (
     extract,
     normalised,
 )
-from dense_ssl.evaluation.readout import Pool, Readout
+from dense_ssl.evaluation.ranks import start_of_all
+from dense_ssl.evaluation.readout import Readout
 from dense_ssl.loaders.order import Order
 from dense_ssl.rng import key_of
 from dense_ssl.schedule import Schedule, Step
@@ -199,10 +200,9 @@ def _trained(
     )
     folder = cache.job(key) if cache else None
     saved = checkpoint.load_newest(folder) if folder else None
-    start = 0
+    start = start_of_all(saved["step"] if saved else 0, folder)
     if saved is not None:
         heads.load({name: value.to(device) for name, value in saved["heads"].items()})
-        start = saved["step"]
     if start == config.epochs:
         return heads
     batches, batch_size, steps = _batches(reader, train, data, config, cache)

@@ -113,7 +113,8 @@ def run(
     def judged(extracted: Extracted) -> dict[str, float]:
         queries, labels = _of_split(extracted, data.val, where)
         scores = knn_scores(bank, bank_y, queries, k, config.temperature, classes)
-        return accuracies(scores, labels) | chance(bank_y, labels, classes)
+        truth = labels.cpu()
+        return accuracies(scores, truth) | chance(bank_y.cpu(), truth, classes)
 
     found = judged(own)
     both = judged(_only(own, other.kept)), judged(_only(other, own.kept))

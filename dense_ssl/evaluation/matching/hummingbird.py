@@ -191,7 +191,8 @@ def _memory(
         memory = Memory(torch.cat(cells), torch.cat(labels))
         if not len(memory.cells):
             raise UserError("train: every pixel is void")
-        _keep(file, memory)
+        if cache is not None and cache.has_room_for(memory.cells):
+            _keep(file, memory)
     return Memory(memory.cells.to(device), memory.labels.to(device))
 
 

@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from dense_ssl.backbones import Backbone
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
+from dense_ssl.evaluation.choices import Pool
 from dense_ssl.evaluation.features import Extracted, FeatureCache, content_key, extract, file_stamp
 from dense_ssl.evaluation.omissions import Omissions, require_some
-from dense_ssl.evaluation.readout import Pool, Readout
+from dense_ssl.evaluation.readout import Readout
 from dense_ssl.evaluation.retrieval.ranking import rankings_scores
 from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import stacked, tiles_sheet

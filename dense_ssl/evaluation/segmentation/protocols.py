@@ -118,7 +118,7 @@ _DENSECL: dict[str, Any] = _MMSEG | {
 }  # fmt: skip
 _UPERNET: dict[str, Any] = _MMSEG | {
     "steps": 160_000, "batch_size": 16, "size": (512, 512), "scale": (2048, 512), "optimizer": "adamw",
-    "weight_decay": 0.05, "no_decay": "vectors", "power": 1.0, "warmup": 1500 / 160_000,
+    "weight_decay": 0.05, "no_decay": "flat", "power": 1.0, "warmup": 1500 / 160_000,
     "warmup_start": 1e-6, "normed": True, "test": "slide", "window_stride": 341, "precision": "bf16",
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dense_ssl import checkpoint
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank
+from dense_ssl.evaluation.ranks import start_of_all
 
 KEEP_SECONDS = 300.0  # between two states of a job
 
@@ -24,8 +25,13 @@ class Job:
         self.best: dict[str, Any] | None = None  # score, and the model's state
 
     def resume(self, model: nn.Module, optimizer: Optimizer) -> int:
-        """Load the newest state, where there is one; return the step to go on with."""
+        """Load the newest state, where there is one; return the step to go on with.
+
+        Raises:
+            UserError: not all ranks see the same one.
+        """
         saved = checkpoint.load_newest(self._folder) if self._folder else None
+        start_of_all(int(saved["step"]) if saved else 0, self._folder)
         if saved is None:
             return 0
         model.load_state_dict(saved["model"])
