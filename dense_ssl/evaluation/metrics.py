@@ -39,3 +39,11 @@ def segmentation_scores(matrix: Tensor) -> dict[str, float]:
         "aAcc": 100 * float(hit.sum() / counts.sum()),
         "mAcc": 100 * float(recall.mean()),
     }
+
+
+def scores_beside_chance(matrix: Tensor, commonest: int) -> dict[str, float]:
+    """Return the scores of a matrix, and as `chance/...` those of one class everywhere."""
+    chance = torch.zeros_like(matrix)
+    chance[:, commonest] = matrix.sum(1)
+    by_chance = segmentation_scores(chance)
+    return segmentation_scores(matrix) | {f"chance/{name}": v for name, v in by_chance.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dense_ssl.augment import Photometry
 from dense_ssl.config import UserError
-from dense_ssl.evaluation.classification.data import open_classification, read_picture
+from dense_ssl.evaluation.classification.data import open_classification, read_picture, shorter_side
 from dense_ssl.evaluation.features import thinned
 from dense_ssl.loaders.batch import assemble
 from dense_ssl.loaders.folder import cut_one
@@ -85,7 +85,7 @@ def labelled_in(folder: Path, count: int, size: int) -> Labelled:
 
     def read(position: int, split: Sequence, labels: Tensor) -> tuple[Tensor, int] | None:
         try:
-            picture = read_picture(split[position], round(size * 256 / 224), size)
+            picture = read_picture(split[position], shorter_side(size), size)
         except _UNREADABLE:
             return None
         return picture, int(labels[position])

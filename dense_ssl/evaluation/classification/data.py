@@ -141,6 +141,11 @@ def open_coco_objects(
     return _data(protocol, classes, parts, omitted)
 
 
+def shorter_side(size: int) -> int:
+    """Return what the shorter side is resized to before a centre crop of `size`: 256 for 224."""
+    return round(size * 256 / 224)
+
+
 def read_picture(
     picture: Picture, resize: int, size: int, resampling: Filter = "bilinear"
 ) -> Tensor:

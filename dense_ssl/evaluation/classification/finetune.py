@@ -54,6 +54,7 @@ from dense_ssl.evaluation.classification.data import (
     ClassifyData,
     open_classification,
     read_picture,
+    shorter_side,
 )
 from dense_ssl.evaluation.classification.subsets import draw_subset, is_list
 from dense_ssl.evaluation.features import (
@@ -223,7 +224,7 @@ def _outcome(
     """Train and return validation scores [m, C] and labels [m]."""
     check_size((config.size,), backbone.stride)
     model = _trained(backbone, data, config, cache)
-    resize = round(config.size * 256 / 224)
+    resize = shorter_side(config.size)
     extracted = extract(
         model,
         data.val.pictures,

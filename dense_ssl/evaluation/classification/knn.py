@@ -23,6 +23,7 @@ from dense_ssl.evaluation.classification.data import (
     LabelledPictures,
     open_classification,
     read_picture,
+    shorter_side,
 )
 from dense_ssl.evaluation.classification.knn_again import confusion
 from dense_ssl.evaluation.classification.knn_settings import VOTING, Config
@@ -160,7 +161,7 @@ def _embedded(
     cache: FeatureCache | None,
 ) -> tuple[Tensor, Tensor]:
     """Unit features [n, D] and labels [n] of those pictures that can be read."""
-    resize = round(config.size * 256 / 224)
+    resize = shorter_side(config.size)
     kept = torch.float16 if config.bank == "fp16" else torch.float32
     extracted = extract(
         Readout(backbone, config.pool),

@@ -1,11 +1,12 @@
 """The settings of k-NN; read without torch, as other votes of kept neighbours need none (knn_again.py)."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.evaluation.choices import Filter, Pool
+from dense_ssl.evaluation.setting_types import Several
 
 VOTING = frozenset({"k", "temperature", "batch_size"})  # change no feature
 
@@ -14,7 +15,7 @@ class Config(BaseConfig):
     """Settings of the protocol; the defaults are ImageNet's."""
 
     size: Annotated[int, Field(ge=16)] = 224  # side of the network's input in pixels
-    k: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 100, 200)
+    k: Several[Annotated[int, Field(ge=1)]] = (10, 20, 100, 200)
     # neighbours; `k=20` and `k=10,20` are understood
     temperature: Annotated[float, Field(gt=0)] = 0.07
     pool: Pool = "cls"
@@ -23,10 +24,3 @@ class Config(BaseConfig):
     batch_size: Annotated[int, Field(ge=1)] = 64
     max_train: Annotated[int, Field(ge=1)] | None = None  # evenly spaced share of a large split
     max_val: Annotated[int, Field(ge=1)] | None = None
-
-    @field_validator("k", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return value.split(",")
-        return (value,) if isinstance(value, int) else value

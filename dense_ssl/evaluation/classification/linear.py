@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from tqdm import tqdm
@@ -47,6 +47,7 @@ from dense_ssl.evaluation.classification.data import (
     held_out,
     open_classification,
     read_picture,
+    shorter_side,
 )
 from dense_ssl.evaluation.classification.heads import Heads
 from dense_ssl.evaluation.features import (
@@ -58,6 +59,7 @@ from dense_ssl.evaluation.features import (
 )
 from dense_ssl.evaluation.ranks import start_of_all
 from dense_ssl.evaluation.readout import Readout
+from dense_ssl.evaluation.setting_types import Range, Several
 from dense_ssl.loaders.order import Order
 from dense_ssl.rng import key_of
 from dense_ssl.schedule import Schedule, Step
@@ -77,12 +79,12 @@ class Config(BaseConfig):
     size: Annotated[int, Field(ge=16)] = 224
     resampling: Filter = "bicubic"  # of validation images
     crop_resampling: Filter = "bilinear"  # of training crops
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: Range = (0.08, 1.0)
     randaugment: RandAugment | None = None  # UDI: rand-m9-mstd0.5-inc1
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of a noise rectangle; UDI: 0.25
     pool: Pool | Literal["auto"] = "auto"
     blocks: Annotated[int, Field(ge=1)] | None = None  # None: of the network, see above
-    lr: tuple[Annotated[float, Field(gt=0)], ...] = _LRS
+    lr: Several[Annotated[float, Field(gt=0)]] = _LRS
     schedule: Literal["cosine", "step"] = "cosine"  # step: x 0.1 after 60 % and 80 % (MoCo)
     epochs: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=1)] = 1024  # of all ranks together
@@ -92,13 +94,6 @@ class Config(BaseConfig):
     workers: Annotated[int, Field(ge=0)] | None = None  # that decode; None: all cores
     max_train: Annotated[int, Field(ge=1)] | None = None
     max_val: Annotated[int, Field(ge=1)] | None = None
-
-    @field_validator("lr", "crop_scale", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return value.split(",")
-        return (value,) if isinstance(value, int | float) else value
 
 
 def load(path: Path, config: Config) -> ClassifyData:
@@ -297,7 +292,7 @@ def _embedded(
     cache: FeatureCache | None,
 ) -> tuple[Tensor, Tensor]:
     """Features of centre crops, float16 [n, D], and labels int64 [n], on the network's device."""
-    resize = round(config.size * 256 / 224)
+    resize = shorter_side(config.size)
     extracted = extract(
         reader,
         split.pictures,

@@ -11,11 +11,11 @@ metrics `top1@best-on-val`. `subset` is a share of every class, a number of imag
 
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,10 +30,12 @@ from dense_ssl.evaluation.classification.data import (
     held_out,
     open_classification,
     read_picture,
+    shorter_side,
 )
 from dense_ssl.evaluation.classification.subsets import draw_subset, is_list
 from dense_ssl.evaluation.features import FeatureCache, check_size, content_key, extract
 from dense_ssl.evaluation.readout import Readout
+from dense_ssl.evaluation.setting_types import Several
 
 _SHARE = 0.2  # of the labelled images kept apart to choose lambda
 
@@ -43,7 +45,7 @@ class Config(BaseConfig):
 
     subset: str = "1%"  # 10%, 8/class, or a list file
     samplings: Annotated[int, Field(ge=1)] = 1  # of a drawn subset
-    lambdas: tuple[Annotated[float, Field(gt=0)], ...] = (0.01, 0.1, 1.0)
+    lambdas: Several[Annotated[float, Field(gt=0)]] = (0.01, 0.1, 1.0)
     select: Literal["held-out", "val"] = "held-out"
     size: Annotated[int, Field(ge=16)] = 224
     resampling: Filter = "bicubic"
@@ -52,13 +54,6 @@ class Config(BaseConfig):
     seed: int = 0
     batch_size: Annotated[int, Field(ge=1)] = 64
     max_val: Annotated[int, Field(ge=1)] | None = None
-
-    @field_validator("lambdas", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return value.split(",")
-        return (value,) if isinstance(value, int | float) else value
 
 
 def load(path: Path, config: Config) -> ClassifyData:
@@ -176,7 +171,7 @@ def _embedded(
     cache: FeatureCache | None,
 ) -> tuple[Tensor, Tensor]:
     """Unit features [n, D] and labels [n] of those pictures that can be read, on the CPU."""
-    resize = round(config.size * 256 / 224)
+    resize = shorter_side(config.size)
     extracted = extract(
         reader,
         split.pictures,

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,6 +38,7 @@ from dense_ssl.evaluation.classification.svm_fit import (
 from dense_ssl.evaluation.classification.voc_data import DIFFICULT, PRESENT, VocData, open_voc
 from dense_ssl.evaluation.features import FeatureCache, content_key, extract
 from dense_ssl.evaluation.omissions import Omissions
+from dense_ssl.evaluation.setting_types import Several
 from dense_ssl.evaluation.voc import svm_cost_grid
 from dense_ssl.loaders import share_of_cores
 
@@ -49,23 +50,16 @@ class Config(BaseConfig):
     """Settings of the protocol."""
 
     variant: Literal["cost-grid", "low-shot", "fixed"] = "cost-grid"
-    features: tuple[Literal["feat1", "feat2", "feat3", "feat4", "feat5", "pooled"], ...] = ()
+    features: Several[Literal["feat1", "feat2", "feat3", "feat4", "feat5", "pooled"]] = ()
     # of a ResNet; () is feat5 (fixed: pooled). A ViT has `pooled`, its first class token
     year: str = "2007"
     train: str = "trainval"
     test: str = "test"
-    shots: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8, 16, 32, 64, 96)
+    shots: Several[Annotated[int, Field(ge=1)]] = (1, 2, 4, 8, 16, 32, 64, 96)
     samplings: Annotated[int, Field(ge=1)] = 5  # of low-shot training sets
     seed: int = 0  # of the solver and of the samplings
     batch_size: Annotated[int, Field(ge=1)] = 64
     workers: Annotated[int, Field(ge=1)] | None = None  # processes that fit; None: all cores
-
-    @field_validator("features", "shots", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return value.split(",")
-        return (value,) if isinstance(value, int) else value
 
 
 def load(path: Path, config: Config) -> VocData:

@@ -13,12 +13,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,14 +38,16 @@ from dense_ssl.evaluation.features import (
     thinned,
 )
 from dense_ssl.evaluation.matching.finer import dilated
-from dense_ssl.evaluation.metrics import confusion, segmentation_scores
+from dense_ssl.evaluation.metrics import confusion, scores_beside_chance
 from dense_ssl.evaluation.segmentation.data import (
     LabelledImage,
     Labels,
     SegmentData,
     open_segmentation,
     read_image,
+    read_labels,
 )
+from dense_ssl.evaluation.setting_types import Size
 from dense_ssl.evaluation.tinted import class_sheet
 
 PROTOCOL = "hummingbird/v1"
@@ -57,7 +59,7 @@ _DRAWN = 6  # validation images in the picture
 class Config(BaseConfig):
     """Settings of the protocol."""
 
-    size: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = (512, 512)
+    size: Size = (512, 512)
     # (height, width) of the input in pixels; `size=256` and `size=192,256` are understood
     labels: Labels = "category"  # COCO only
     train_split: str | None = (
@@ -70,13 +72,6 @@ class Config(BaseConfig):
     seed: int = 0  # of the choice of cells
     max_train: Annotated[int, Field(ge=1)] | None = None  # evenly spaced share of a large split
     max_val: Annotated[int, Field(ge=1)] | None = None
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _both_sides(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return value.split(",")
-        return (value, value) if isinstance(value, int) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +111,7 @@ def run(
         matrix += confusion(truth, scores.argmax(0), classes)
     if not matrix.any():
         raise UserError("val: every pixel is void")
-    chance = torch.zeros_like(matrix)
-    chance[:, commonest] = matrix.sum(1)
-    by_chance = segmentation_scores(chance)
-    return segmentation_scores(matrix) | {f"chance/{name}": v for name, v in by_chance.items()}
+    return scores_beside_chance(matrix, commonest)
 
 
 def pictures(
@@ -209,10 +201,8 @@ def _training_cells(
         extracted = _cells(network, data, some, "train", config, None)
 
         def shares(image: LabelledImage) -> Tensor:
-            small = Image.fromarray(image.read_labels()).resize(
-                (size[1], size[0]), Image.Resampling.NEAREST
-            )
-            return torch.from_numpy(class_shares(np.asarray(small), grid, len(data.classes)))
+            labels = read_labels(image, *size)
+            return torch.from_numpy(class_shares(labels, grid, len(data.classes)))
 
         kept = extracted.kept.tolist()
         for position, cells, share in zip(

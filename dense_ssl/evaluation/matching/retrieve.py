@@ -13,12 +13,12 @@ car, cat, cow, person), for which the other 13 are void beforehand in both split
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from dense_ssl.backbones import Backbone
@@ -40,8 +40,10 @@ from dense_ssl.evaluation.segmentation.data import (
     SegmentData,
     open_segmentation,
     read_image,
+    read_labels,
 )
 from dense_ssl.evaluation.segmentation.layouts import VOC_CLASSES
+from dense_ssl.evaluation.setting_types import Size
 from dense_ssl.evaluation.tinted import label_colours, tinted
 from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import stacked, tiles_sheet
@@ -55,7 +57,7 @@ _DRAWN, _NEAREST, _TILE_PX = 5, 5, 200  # queries and neighbours in the picture
 class Config(BaseConfig):
     """Settings of the protocol."""
 
-    size: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = (512, 512)
+    size: Size = (512, 512)
     # (height, width) of images and of label maps; `size=256` and `size=192,256` are understood
     labels: Labels = "category"  # COCO only
     train_split: str = "train"  # of VOC: `train` or `trainaug`
@@ -64,13 +66,6 @@ class Config(BaseConfig):
     seed: int = 0  # of k-means
     max_train: Annotated[int, Field(ge=1)] | None = None  # evenly spaced share of a large split
     max_val: Annotated[int, Field(ge=1)] | None = None
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _both_sides(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return value.split(",")
-        return (value, value) if isinstance(value, int) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +213,8 @@ def _split(
     kept = tuple(images[i] for i in extracted.kept.tolist())
 
     def counted(number: int) -> Tensor:
-        labels = Image.fromarray(kept[number].read_labels())
-        labels = labels.resize((config.size[1], config.size[0]), Image.Resampling.NEAREST)
-        return class_pixels(
-            segments.maps[number].numpy(), np.asarray(labels), config.clusters, len(data.classes)
-        )
+        clusters, labels = segments.maps[number].numpy(), read_labels(kept[number], *config.size)
+        return class_pixels(clusters, labels, config.clusters, len(data.classes))
 
     pixels = torch.stack(list(in_order(counted, range(len(kept)))))
     return Split(kept, segments, pixels)

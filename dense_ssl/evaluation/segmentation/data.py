@@ -29,8 +29,8 @@ from dense_ssl.evaluation.segmentation.layouts import Layout, find_coco_stuff, f
 from dense_ssl.pictures import open_image
 
 __all__ = [
-    "VOID", "LabelledImage", "Labels", "SegmentData", "open_segmentation", "read_image", "read_mask",
-    "semantic_map",
+    "VOID", "LabelledImage", "Labels", "SegmentData", "open_segmentation", "read_image", "read_labels",
+    "read_mask", "semantic_map",
 ]  # fmt: skip
 
 PROTOCOL = "segment-linear/v1"
@@ -114,6 +114,12 @@ def read_image(image: LabelledImage, height: int, width: int) -> Tensor:
     with open_image(image.path) as opened:
         resized = opened.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def read_labels(image: LabelledImage, height: int, width: int) -> np.ndarray:
+    """Return the label map resized by nearest neighbour, [height, width]."""
+    stored = Image.fromarray(image.read_labels())
+    return np.array(stored.resize((width, height), Image.Resampling.NEAREST))
 
 
 def semantic_map(image: coco.AnnotatedImage, numbers: dict[int, int]) -> np.ndarray:

@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +34,7 @@ from dense_ssl.evaluation.features import (
     in_order,
     thinned,
 )
-from dense_ssl.evaluation.metrics import confusion, segmentation_scores
+from dense_ssl.evaluation.metrics import confusion, scores_beside_chance
 from dense_ssl.evaluation.segmentation.data import (
     PROTOCOL,
     VOID,
@@ -44,7 +43,9 @@ from dense_ssl.evaluation.segmentation.data import (
     SegmentData,
     open_segmentation,
     read_image,
+    read_labels,
 )
+from dense_ssl.evaluation.setting_types import Size
 from dense_ssl.evaluation.tinted import class_sheet
 
 _DRAWN = 4  # images in the picture
@@ -54,7 +55,7 @@ _LABEL_STRIDE = 8  # training labels: one per this many input pixels
 class Config(BaseConfig):
     """Settings of the protocol."""
 
-    size: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = (256, 256)
+    size: Size = (256, 256)
     # (height, width) of the input in pixels; `size=256` and `size=192,256` are understood
     labels: Labels = "category"  # COCO only; 80 classes need many images
     steps: Annotated[int, Field(ge=1)] = 1000
@@ -65,13 +66,6 @@ class Config(BaseConfig):
     extract_batch: Annotated[int, Field(ge=1)] = 32
     max_train: Annotated[int, Field(ge=1)] | None = 5000  # features are held in memory
     max_val: Annotated[int, Field(ge=1)] | None = 5000
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _both_sides(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return value.split(",")
-        return (value, value) if isinstance(value, int) else value
 
 
 def load(path: Path, config: Config) -> SegmentData:
@@ -94,10 +88,7 @@ def run(
         matrix += confusion(truth, said, classes)
     if not matrix.any():
         raise UserError("val: every pixel is void")
-    chance = torch.zeros_like(matrix)
-    chance[:, commonest] = matrix.sum(1)
-    by_chance = segmentation_scores(chance)
-    return segmentation_scores(matrix) | {f"chance/{name}": v for name, v in by_chance.items()}
+    return scores_beside_chance(matrix, commonest)
 
 
 def pictures(
@@ -127,7 +118,11 @@ def _fitted(
     train = _cells(backbone, data, data.train, "train", config, cache)
     rows, columns = (side // _LABEL_STRIDE for side in config.size)
     kept = [data.train[i] for i in train.kept.tolist()]
-    labels = torch.stack(list(in_order(lambda image: _small_labels(image, rows, columns), kept)))
+
+    def small_labels(image: LabelledImage) -> Tensor:
+        return torch.from_numpy(read_labels(image, rows, columns))
+
+    labels = torch.stack(list(in_order(small_labels, kept)))
     classes = len(data.classes)
     frequencies = torch.bincount(labels.flatten().long(), minlength=256)[:classes]
     if not frequencies.any():
@@ -272,12 +267,6 @@ def _cells(
         omitted=data.omitted,
         label=name,
     )
-
-
-def _small_labels(image: LabelledImage, rows: int, columns: int) -> Tensor:
-    """Label map of one image by nearest neighbour, uint8 [rows, columns]."""
-    full = Image.fromarray(image.read_labels())
-    return torch.from_numpy(np.array(full.resize((columns, rows), Image.Resampling.NEAREST)))
 
 
 def _standardisation(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,27 @@
+"""Types of settings that many tasks have, and the texts of a command line they are understood from."""
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field
+
+T = TypeVar("T")
+
+
+def _several(value: Any) -> Any:
+    """`10,20` and a number alone are the values of a tuple."""
+    if isinstance(value, str):
+        return value.split(",")
+    return (value,) if isinstance(value, int | float) else value
+
+
+def _both_sides(value: Any) -> Any:
+    """`192,256` and a number alone are a height and a width."""
+    if isinstance(value, str):
+        return value.split(",")
+    return (value, value) if isinstance(value, int) else value
+
+
+Side = Annotated[int, Field(ge=16)]  # pixels
+Size = Annotated[tuple[Side, Side], BeforeValidator(_both_sides)]  # height and width
+Several = Annotated[tuple[T, ...], BeforeValidator(_several)]
+Range = Annotated[tuple[float, float], BeforeValidator(_several)]
