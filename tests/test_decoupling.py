@@ -1,9 +1,6 @@
 """De-coupling against slow re-tellings of its recipe, and what it may not touch."""
 
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +21,8 @@ from dense_ssl.methods.masks import MaskConfig, draw_masks
 from dense_ssl.published import ibot_dc_losses
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec
+from tests.ranks import train_on_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
 STEP = Step(3, 10, 2, seed=5)
 VIT = BackboneConfig(name="test_vit", init="dino", positions="dino")
 REGIONS = MaskConfig(shape="rcc", ratio=(0.0, 0.5), spread=(0.0, 0.1))
@@ -388,14 +385,12 @@ CONTRASTIVE = """method={
   mask: {shape: rcc, ratio: [0.5], spread: [0.1]}, dc_share: 0.5}"""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["method.backbone.drop_path=0.0", CONTRASTIVE])
 def test_two_ranks_are_one_with_two_micro_batches(recipe, tmp_path, capsys, method):
     """Extras are made within a micro-batch: those of two ranks are those of two micro-batches."""
     options = ("train.steps=4", method)
     train(capsys, recipe("one"), *options, "train.accumulate=2")
-    command = [sys.executable, "-m", "dense_ssl.pretrain", recipe("two"), *options, "--gpus", "2"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=180)
+    train_on_ranks(2, [recipe("two"), *options], tmp_path)
     one, two = (
         pretrain.checkpoint.load_newest(tmp_path / run / "checkpoints") for run in ("one", "two")
     )

@@ -1,7 +1,6 @@
 """Collectives over two gloo ranks, and their identities on one."""
 
 import torch
-import torch.multiprocessing as mp
 
 from dense_ssl.distributed import (
     Agreement,
@@ -9,37 +8,10 @@ from dense_ssl.distributed import (
     World,
     all_gather,
     cat_carries,
-    close_world,
-    init_world,
     mean_over_ranks,
 )
 from kernels.sinkhorn_bias import sinkhorn_bias
-
-
-def on_ranks(size, work, folder):
-    """Run work(world) on `size` processes; return each rank's result."""
-    context = mp.get_context("spawn")
-    port = str(20000 + abs(hash(str(folder))) % 20000)
-    ranks = [context.Process(target=_rank, args=(r, size, port, work, folder)) for r in range(size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0] * size
-    return [torch.load(folder / f"{r}.pt") for r in range(size)]
-
-
-def _rank(rank, size, port, work, folder):
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
-        MASTER_ADDR="localhost", MASTER_PORT=port,
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    world = init_world("cpu")
-    torch.save(work(world), folder / f"{rank}.pt")
-    close_world(world)
+from tests.ranks import on_ranks
 
 
 def _collectives(world):

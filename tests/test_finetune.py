@@ -1,17 +1,16 @@
 """Fine-tuning: the recipes' numbers, layer decay, exact resume, two ranks, and that it learns."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from dataprep.synthetic import write_jpeg
 from dense_ssl.backbones import BackboneConfig, Projection, make_backbone
 from dense_ssl.checkpoint import FORMAT
 from dense_ssl.config import UserError
-from dense_ssl.distributed import close_world, init_world
 from dense_ssl.evaluation import suite
 from dense_ssl.evaluation.classification import finetune, knn, linear
 from dense_ssl.evaluation.classification.data import ClassifyData, LabelledPictures
@@ -22,6 +21,7 @@ from dense_ssl.methods.ibot import DinoConfig, IBot
 from dense_ssl.methods.prototype_head import PrototypeHead
 from dense_ssl.weights.layouts import first_projection
 from dense_ssl.weights.pretrained import load_backbone
+from tests.ranks import on_ranks
 
 TINY = {"size": 32, "precision": "fp32", "workers": 0, "warmup_epochs": 0, "lr_per": None}
 
@@ -303,23 +303,14 @@ def test_weights_that_are_not_finite_are_not_kept(halves, tmp_path):
 # --- two ranks
 
 
-def _on_a_rank(rank, port, root, folder):
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
-        MASTER_PORT=port,
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    world = init_world("cpu")
+def _on_a_rank(world, root, folder):
     config = finetune.Config(**_PLAIN)
     data = finetune.load(root, config)
     cache = FeatureCache(folder / "features", "w")
     values = finetune.run(network(), data, config, cache)
     model = finetune._trained(network(), data, config, cache)
     frozen = _frozen(root, cache)
-    torch.save((values, model.state_dict(), data.omitted.lines(), frozen), folder / f"{rank}.pt")
-    close_world(world)
+    return values, model.state_dict(), data.omitted.lines(), frozen
 
 
 def _frozen(root, cache):
@@ -340,16 +331,7 @@ _PLAIN |= {"erase": 0, "smoothing": 0.1}
 def test_two_ranks_train_and_judge_as_one(halves, tmp_path):
     (halves / "val/060/broken.jpg").write_bytes(b"no image")
     try:
-        context = mp.get_context("spawn")
-        port = str(20000 + abs(hash(str(tmp_path))) % 20000)
-        ranks = [
-            context.Process(target=_on_a_rank, args=(r, port, halves, tmp_path)) for r in range(2)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(300)
-        assert [process.exitcode for process in ranks] == [0, 0]
+        ranks = on_ranks(2, partial(_on_a_rank, root=halves, folder=tmp_path), tmp_path)
         config = finetune.Config(**_PLAIN)
         data = finetune.load(halves, config)
         alone = finetune._trained(network(), data, config, None).state_dict()
@@ -357,8 +339,7 @@ def test_two_ranks_train_and_judge_as_one(halves, tmp_path):
         found, scores, lr = _frozen(halves, None)
     finally:
         (halves / "val/060/broken.jpg").unlink()
-    for rank in range(2):
-        theirs, state, omitted, frozen = torch.load(tmp_path / f"{rank}.pt")
+    for theirs, state, omitted, frozen in ranks:
         assert theirs == pytest.approx(values)
         assert frozen[0] == pytest.approx(found) and frozen[2] == lr
         torch.testing.assert_close(frozen[1], scores, rtol=1e-3, atol=1e-4)

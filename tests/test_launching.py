@@ -88,8 +88,9 @@ def test_before_the_limit_the_run_saves_and_the_job_queues_itself_again(slurm, t
     assert asked_of(tmp_path, "scontrol") == ["requeue 4711"]
     saved = checkpoint.load_newest(run / "checkpoints")["step"]
     assert saved >= 2
-    # The job's next start goes on, and one that is done asks for nothing.
+    # The job's next start goes on, on fewer GPUs too, and one that is done asks for nothing.
     (tmp_path / "scontrol.args").unlink()
+    given["GPUS"] = "1"
     given["ARGS"] += f" train.steps={saved + 1}"
     job = slurm(**given)
     output = job.communicate(timeout=120)[0]

@@ -7,25 +7,20 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dense_ssl.config import GaveUp
 from dense_ssl.distributed import World, init_world
 from dense_ssl.lost_ranks import named
+from tests.ranks import start_ranks
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), flags=None)
 ONE_OF_TWO = World(rank=0, size=2, device=torch.device("cpu"), flags=None)
 
 
-def _rank(rank, port, how, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-        MASTER_ADDR="localhost", MASTER_PORT=port,
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def _rank(how, folder):
     world = init_world("cpu", timedelta(seconds=3 if how == "hangs" else 60))
     dist.all_reduce(torch.ones(2))
-    if rank == 1:
+    if world.rank == 1:
         if how == "hangs":
             time.sleep(60)
         os._exit(0)
@@ -34,17 +29,13 @@ def _rank(rank, port, how, folder):
             for _ in range(50):
                 dist.all_reduce(torch.ones(2))
     except GaveUp as error:
-        (folder / str(rank)).write_text(str(error))
+        (folder / str(world.rank)).write_text(str(error))
     os._exit(0)
 
 
 @pytest.mark.parametrize("how", ["is dead", "hangs"])
 def test_the_other_says_which_one(how, tmp_path):
-    context = mp.get_context("spawn")
-    port = str(20000 + abs(hash(str(tmp_path))) % 20000)
-    ranks = [context.Process(target=_rank, args=(r, port, how, tmp_path)) for r in range(2)]
-    for process in ranks:
-        process.start()
+    ranks = start_ranks(2, _rank, how, tmp_path)
     ranks[0].join(120)
     ranks[1].kill()
     ranks[1].join()

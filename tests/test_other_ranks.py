@@ -8,7 +8,7 @@ import torch
 from dataprep.synthetic import write_random_images
 from dense_ssl import pretrain
 from dense_ssl.methods.moco import MoCo
-from tests.test_distributed import on_ranks
+from tests.ranks import on_ranks
 from tests.test_pretrain import RECIPE
 
 STEPS, BEFORE = 7, 4  # of 3 an epoch: within the second one the number of ranks changes

@@ -13,6 +13,7 @@ import torch
 
 from dataprep.synthetic import write_random_images
 from dense_ssl import checkpoint, pretrain
+from tests.ranks import train_on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
@@ -73,12 +74,6 @@ def start(*argv):
         [sys.executable, "-m", "dense_ssl.pretrain", *argv],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-def finish(*argv, timeout=180):
-    process = start(*argv)
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out.strip().splitlines()[-1] if out.strip() else "", err
 
 
 def log_of(folder):
@@ -221,8 +216,7 @@ def test_accumulation_and_precision_and_compression_run(recipe, capsys):
 
 @pytest.mark.slow
 def test_sigkill_of_two_ranks_and_resume_is_the_undisturbed_run(recipe, tmp_path):
-    whole = finish(recipe("whole", groups=1), "--gpus", "2")
-    assert whole[0] == 0, whole[2]
+    want, _ = train_on_ranks(2, [recipe("whole", groups=1)], tmp_path)
     broken = recipe("broken", groups=1)
     process = start(broken, "--gpus", "2")
     wait_for_step(tmp_path / "broken", 8, process)
@@ -230,8 +224,10 @@ def test_sigkill_of_two_ranks_and_resume_is_the_undisturbed_run(recipe, tmp_path
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    again = finish(broken, "--gpus", "2")
-    assert again[:2] == whole[:2], again[2]
+    got, said = train_on_ranks(2, [broken], tmp_path)
+    assert got == want, said
+    assert want.startswith("weights sha256: ")
+    assert "resuming at step" in said
     assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
 
 
@@ -282,7 +278,6 @@ def test_sigterm_saves_exits_with_75_and_resumes(recipe, tmp_path, capsys, ranks
         assert f"resuming at step {saved}" in err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["densecl", "ibot", "dino"])
 def test_two_ranks_are_one_rank_with_the_batch_doubled(recipe, tmp_path, capsys, name):
     """Where no BatchNorm ties samples together, the split over ranks changes rounding only."""
@@ -292,8 +287,7 @@ def test_two_ranks_are_one_rank_with_the_batch_doubled(recipe, tmp_path, capsys,
         options += ("optim.lr=0.02",)
     else:
         options += (DISTILLED.format(name=name, drop_path=0), *ADAMW)
-    code, _, err = finish(recipe("two", **vit), *options, "--gpus", "2")
-    assert code == 0, err
+    train_on_ranks(2, [recipe("two", **vit), *options], tmp_path)
     assert run(capsys, recipe("one", **vit), *options)[0] == 0
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=2e-4)

@@ -2,9 +2,6 @@
 
 import copy
 import logging
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,8 +28,8 @@ from dense_ssl.schedule import Step
 from dense_ssl.views import Near, ViewSpec
 from dense_ssl.weights.official import to_official
 from dense_ssl.weights.pretrained import start_from
+from tests.ranks import train_on_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
 RESNET = BackboneConfig(name="test_resnet")
 VIEWS = (
     ViewSpec(name="global", count=2, size=64),
@@ -337,7 +334,6 @@ run: {{dir: {run}, device: cpu, checkpoint_every_steps: 9, log_every_steps: 1, l
 """
 
 
-@pytest.mark.slow
 def test_a_run_that_goes_on_with_two_ranks_is_one_with_two_groups(tmp_path, capsys):
     """Batch statistics, shuffled keys, both queues, neighbours among all ranks' keys: up to rounding."""
     write_random_images(tmp_path / "images", 20)
@@ -350,10 +346,9 @@ def test_a_run_that_goes_on_with_two_ranks_is_one_with_two_groups(tmp_path, caps
     assert pretrain.main([str(recipes["moved"]), "train.steps=1"]) == 0
     err = capsys.readouterr().err
     assert err.count("batch 8 in 2 BatchNorm groups, fp32") == 2
-    command = [sys.executable, "-m", "dense_ssl.pretrain", str(recipes["moved"]), "--gpus", "2"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=180)
-    assert b"batch 8 = 2 ranks x 4, fp32" in done.stderr
-    assert b"resuming at step 1 of 3" in done.stderr
+    _, said = train_on_ranks(2, [str(recipes["moved"])], tmp_path)
+    assert "batch 8 = 2 ranks x 4, fp32" in said
+    assert "resuming at step 1 of 3" in said
     one, moved = (
         pretrain.checkpoint.load_newest(tmp_path / run / "checkpoints") for run in recipes
     )

@@ -2,13 +2,12 @@
 
 import colorsys
 import json
-import os
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
 from timm.models.resnet import BasicBlock, ResNet
 from torch.nn import functional as F
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 from dataprep.synthetic import write_camvid_discs
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError
-from dense_ssl.distributed import close_world, init_world
 from dense_ssl.evaluation.__main__ import main
 from dense_ssl.evaluation.features import FeatureCache, normalised
 from dense_ssl.evaluation.label_maps import LabelledImage
@@ -46,6 +44,7 @@ from dense_ssl.evaluation.segmentation.protocols import (
 )
 from dense_ssl.evaluation.trained import job as trained_job
 from dense_ssl.evaluation.trained.draws import Draws
+from tests.ranks import on_ranks
 
 SMALL = {"size": "48,64", "batch_size": 4, "workers": 0, "precision": "fp32"}
 
@@ -460,33 +459,18 @@ def _network():
     return make_backbone(BackboneConfig(name="test_vit")).eval()
 
 
-def _on_a_rank(rank, port, root, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
-        MASTER_PORT=port,
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    world = init_world("cpu")
+def _on_a_rank(world, root, folder):
     cache = FeatureCache(folder, "w")
-    values = segment_train.run(_network(), segment_train.load(root, RANKED), RANKED, cache)
-    torch.save(values, folder / f"{rank}.pt")
-    close_world(world)
+    return segment_train.run(_network(), segment_train.load(root, RANKED), RANKED, cache)
 
 
 def test_two_ranks_train_and_judge_as_one(discs, tmp_path):
-    context = mp.get_context("spawn")
-    port = str(20000 + abs(hash(str(tmp_path))) % 20000)
-    ranks = [context.Process(target=_on_a_rank, args=(r, port, discs, tmp_path)) for r in range(2)]
-    for process in ranks:
-        process.start()
+    first, second = on_ranks(2, partial(_on_a_rank, root=discs, folder=tmp_path), tmp_path)
     data = segment_train.load(discs, RANKED)
     alone = segment_train._trained(_network(), data, RANKED, None).state_dict()
     values = segment_train.run(_network(), data, RANKED)
-    for process in ranks:
-        process.join(300)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    assert torch.load(tmp_path / "0.pt") == torch.load(tmp_path / "1.pt")
-    assert torch.load(tmp_path / "0.pt") == pytest.approx(values, abs=1)
+    assert first == second
+    assert first == pytest.approx(values, abs=1)
     together = torch.load(next(tmp_path.rglob("step-*.pt")))["model"]
     for name, value in together.items():
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=2e-4)

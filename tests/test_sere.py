@@ -37,7 +37,7 @@ from dense_ssl.methods.synced_batch_norm import SyncedBatchNorm
 from dense_ssl.published.relations import aligned, relation_term, spatial_relation
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec
-from tests.test_distributed import on_ranks
+from tests.ranks import on_ranks
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), flags=None)
 

@@ -17,7 +17,7 @@ from dense_ssl.photometry.policies import POLICIES
 from dense_ssl.published.udi import maps_of, udi_losses
 from dense_ssl.schedule import Step
 from dense_ssl.views import ViewSpec
-from tests.test_distributed import on_ranks
+from tests.ranks import on_ranks
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), flags=None)
 BATCH, LOCALS = 3, 2
