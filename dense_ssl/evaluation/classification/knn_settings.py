@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dense_ssl.config import Config as BaseConfig
-from dense_ssl.evaluation.choices import Filter, Pool
-from dense_ssl.evaluation.setting_types import Several
+from dense_ssl.evaluation.choices import Filter, Pool, Several
 
 VOTING = frozenset({"k", "temperature", "batch_size"})  # change no feature
 

@@ -33,7 +33,7 @@ from dense_ssl.backbones import Backbone, ViTBackbone
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank
-from dense_ssl.evaluation.choices import Filter, Pool
+from dense_ssl.evaluation.choices import Filter, Pool, Range, Several
 from dense_ssl.evaluation.classification.accuracy import accuracies, chance, confusion_sheet
 from dense_ssl.evaluation.classification.augmented import (
     Augmentation,
@@ -59,7 +59,6 @@ from dense_ssl.evaluation.features import (
 )
 from dense_ssl.evaluation.ranks import start_of_all
 from dense_ssl.evaluation.readout import Readout
-from dense_ssl.evaluation.setting_types import Range, Several
 from dense_ssl.loaders.order import Order
 from dense_ssl.rng import key_of
 from dense_ssl.schedule import Schedule, Step

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from dense_ssl.backbones import Backbone
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
-from dense_ssl.evaluation.choices import Filter, Pool
+from dense_ssl.evaluation.choices import Filter, Pool, Several
 from dense_ssl.evaluation.classification.accuracy import accuracies, chance
 from dense_ssl.evaluation.classification.data import (
     ClassifyData,
@@ -35,7 +35,6 @@ from dense_ssl.evaluation.classification.data import (
 from dense_ssl.evaluation.classification.subsets import draw_subset, is_list
 from dense_ssl.evaluation.features import FeatureCache, check_size, content_key, extract
 from dense_ssl.evaluation.readout import Readout
-from dense_ssl.evaluation.setting_types import Several
 
 _SHARE = 0.2  # of the labelled images kept apart to choose lambda
 

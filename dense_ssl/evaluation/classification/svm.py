@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dense_ssl.backbones import Backbone
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
+from dense_ssl.evaluation.choices import Several
 from dense_ssl.evaluation.classification.data import Picture, open_picture, read_picture
 from dense_ssl.evaluation.classification.stages import StageFeatures
 from dense_ssl.evaluation.classification.svm_fit import (
@@ -38,7 +39,6 @@ from dense_ssl.evaluation.classification.svm_fit import (
 from dense_ssl.evaluation.classification.voc_data import DIFFICULT, PRESENT, VocData, open_voc
 from dense_ssl.evaluation.features import FeatureCache, content_key, extract
 from dense_ssl.evaluation.omissions import Omissions
-from dense_ssl.evaluation.setting_types import Several
 from dense_ssl.evaluation.voc import svm_cost_grid
 from dense_ssl.loaders import share_of_cores
 

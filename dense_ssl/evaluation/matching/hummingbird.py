@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from dense_ssl.backbones import Backbone, Features
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
+from dense_ssl.evaluation.choices import Size
 from dense_ssl.evaluation.classification.knn import neighbours
 from dense_ssl.evaluation.features import (
     Extracted,
@@ -47,7 +48,6 @@ from dense_ssl.evaluation.segmentation.data import (
     read_image,
     read_labels,
 )
-from dense_ssl.evaluation.setting_types import Size
 from dense_ssl.evaluation.tinted import class_sheet
 
 PROTOCOL = "hummingbird/v1"

@@ -24,6 +24,7 @@ from torch import Tensor
 from dense_ssl.backbones import Backbone
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
+from dense_ssl.evaluation.choices import Size
 from dense_ssl.evaluation.features import (
     FeatureCache,
     check_size,
@@ -43,7 +44,6 @@ from dense_ssl.evaluation.segmentation.data import (
     read_labels,
 )
 from dense_ssl.evaluation.segmentation.layouts import VOC_CLASSES
-from dense_ssl.evaluation.setting_types import Size
 from dense_ssl.evaluation.tinted import label_colours, tinted
 from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import stacked, tiles_sheet

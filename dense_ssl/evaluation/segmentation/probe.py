@@ -25,6 +25,7 @@ from dense_ssl import checkpoint
 from dense_ssl.backbones import Backbone, Features
 from dense_ssl.config import Config as BaseConfig
 from dense_ssl.config import UserError
+from dense_ssl.evaluation.choices import Size
 from dense_ssl.evaluation.features import (
     Extracted,
     FeatureCache,
@@ -45,7 +46,6 @@ from dense_ssl.evaluation.segmentation.data import (
     read_image,
     read_labels,
 )
-from dense_ssl.evaluation.setting_types import Size
 from dense_ssl.evaluation.tinted import class_sheet
 
 _DRAWN = 4  # images in the picture
