@@ -103,6 +103,11 @@ PROOFS: dict[str, tuple[str, str, str]] = {
         "test_image_retrieval::test_copies_are_found_and_strangers_are_not",
         "test_image_retrieval::test_precision_by_the_definition",
     ),
+    "cluster": (
+        "test_cluster::test_prototypes_of_the_classes_are_found_and_others_are_chance",
+        "test_cluster::test_prototypes_of_the_classes_are_found_and_others_are_chance",
+        "test_cluster::test_the_assignment_is_the_best_of_all",
+    ),
     "svm": (
         "test_svm::test_learns_separable_classes_and_not_random_ones",
         "test_svm::test_learns_separable_classes_and_not_random_ones",

@@ -4,12 +4,18 @@
 grid of cells, ViTs their patch tokens; both are `[B, N, D]`, row-major, with the grid's height and width.
 """
 
-from dense_ssl.backbones.features import Backbone, BackboneConfig, Features, Projection
+from dense_ssl.backbones.features import (
+    Backbone,
+    BackboneConfig,
+    ClassHead,
+    Features,
+    Projection,
+)
 from dense_ssl.backbones.resnet import ResNetBackbone
 from dense_ssl.backbones.vit import ViTBackbone
 from dense_ssl.config import UserError
 
-__all__ = ["Backbone", "BackboneConfig", "Features", "Projection", "make_backbone"]
+__all__ = ["Backbone", "BackboneConfig", "ClassHead", "Features", "Projection", "make_backbone"]
 
 
 def make_backbone(config: BackboneConfig) -> Backbone:

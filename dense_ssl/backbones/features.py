@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dense_ssl.config import Config, UserError
 
@@ -53,10 +54,44 @@ class Projection:
     activation: Literal["gelu", "relu"]  # after it
 
 
+@dataclass(frozen=True, slots=True)
+class ClassHead:
+    """The head of class tokens that a backbone was trained under (DINO's); no part of its state.
+
+    Linear layers with GELUs between them, a unit vector, and its products with the prototypes.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]  # weight [out, in] and bias [out] of each
+    prototypes: Tensor  # [K, d]
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return float32 logits [B, K] of class tokens [B, D], on their device."""
+        x = tokens.float()
+        for number, (weight, bias) in enumerate(self.layers):
+            x = F.linear(F.gelu(x) if number else x, weight.to(x), bias.to(x))
+        return F.normalize(x, dim=-1) @ self.prototypes.to(x).T
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it by name."""
+        named = {"prototypes": self.prototypes}
+        for number, (weight, bias) in enumerate(self.layers):
+            named |= {f"{number}.weight": weight, f"{number}.bias": bias}
+        return named
+
+    def fresh(self) -> "ClassHead":
+        """Return one of the same sizes with new random weights, as training starts with."""
+        layers = tuple(
+            (nn.init.trunc_normal_(torch.empty_like(weight), std=0.02), torch.zeros_like(bias))
+            for weight, bias in self.layers
+        )
+        return ClassHead(layers, F.normalize(torch.randn_like(self.prototypes), dim=1))
+
+
 class Backbone(nn.Module, ABC):
     """A timm trunk that returns `Features`. State keys are `trunk.<timm name>`."""
 
     projection: Projection | None = None  # where its checkpoint has one
+    class_head: ClassHead | None = None  # likewise
     config: BackboneConfig
     trunk: nn.Module
     dim: int  # D

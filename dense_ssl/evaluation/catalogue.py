@@ -58,6 +58,7 @@ TASKS: dict[str, Task] = {
     "retrieve": Task("matching.retrieve", needs=("sklearn",)),
     "landmarks": Task("retrieval.landmarks", ranks=True),
     "copydays": Task("retrieval.copydays", ranks=True),
+    "cluster": Task("classification.cluster", needs=("sklearn",), ranks=True),
     "svm": Task("classification.svm", needs=("sklearn",)),
 }
 

@@ -52,6 +52,7 @@ OWN: dict[str, Own] = {
         *({"recipe": name} for name in ("mae", "beit-small", "beit-base", "beit-large", "udi", "semi")),
         *({"recipe": "transfer"} | own for own in _TRANSFERS),
     ),
+    "cluster": _own("batch_size seed"),
     "svm": _own(
         "features shots seed batch_size workers",
         *({"variant": name} for name in ("cost-grid", "low-shot", "fixed")),

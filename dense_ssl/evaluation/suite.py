@@ -179,13 +179,22 @@ def _untrained(loaded: Loaded) -> Loaded:
         if known is not None:  # for those that train from there on
             fresh = torch.nn.init.trunc_normal_(torch.empty_like(known.weight), std=0.02)
             backbone.projection = Projection(fresh, torch.zeros_like(known.bias), known.activation)
+        if loaded.backbone.class_head is not None:
+            backbone.class_head = loaded.backbone.class_head.fresh()
     weights = weights_sha256(backbone.trunk.state_dict())
     return Loaded(backbone, f"random:{loaded.config.name}", weights, loaded.config)
 
 
 def network_key(loaded: Loaded) -> str:
-    """Return what tells a network's features from others': equal weights may be read in different ways."""
-    return content_key(loaded.sha256, loaded.config.model_dump_json())
+    """Return what tells a network's features from others': equal weights may be read in different ways.
+
+    The heads of its checkpoint, which some tasks read, are part of it.
+    """
+    known = loaded.backbone.projection, loaded.backbone.class_head
+    heads: dict[str, torch.Tensor] = known[1].tensors() if known[1] else {}
+    if known[0]:
+        heads |= {"projection.weight": known[0].weight, "projection.bias": known[0].bias}
+    return content_key(loaded.sha256, loaded.config.model_dump_json(), weights_sha256(heads))
 
 
 def _cache(out: Path | None, loaded: Loaded, most_bytes: int | None = None) -> FeatureCache | None:

@@ -33,6 +33,7 @@ from dense_ssl.config import UserError, validate
 from dense_ssl.log import logger
 from dense_ssl.methods import METHODS, Method
 from dense_ssl.weights import plain_pickle
+from dense_ssl.weights.class_head import class_head
 from dense_ssl.weights.fingerprint import weights_sha256
 from dense_ssl.weights.layouts import (
     Part,
@@ -81,11 +82,11 @@ def load_backbone(
     kind, separator, name = spec.partition(":")
     if separator and kind == "random":
         config = _config_named(name)
-        trunk = projection = None
+        trunk = projection = head = None
     elif separator and kind == "timm":
         config = BackboneConfig(name=name)
         make_backbone(config)  # refuses unknown names before anything is fetched
-        trunk, projection = _published(name), None
+        trunk, projection, head = _published(name), None, None
     else:
         text, _, arch = spec.partition("?arch=")
         path = checkpoint_file(Path(text))
@@ -99,6 +100,7 @@ def load_backbone(
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         projection = partial(first_projection, checkpoint, part)
+        head = partial(class_head, checkpoint, part)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = make_backbone(config)
@@ -106,6 +108,7 @@ def load_backbone(
         load_trunk(backbone, trunk, spec)
     found = projection(backbone.dim) if projection else None
     backbone.projection = Projection(*found) if found else None
+    backbone.class_head = head(backbone.dim) if head else None
     return Loaded(backbone.eval(), spec, weights_sha256(backbone.trunk.state_dict()), config)
 
 
