@@ -14,6 +14,7 @@ a run, a published checkpoint and timm's weights are evaluated by the same words
 | linear          | as knn, `variant=cached`              | linear-cached/v1    | linear.py          |
 | semi-supervised | as knn                                | semi-supervised/v1  | semi_supervised.py |
 | finetune        | as knn                                | finetune/v1         | finetune.py        |
+| cluster         | as knn                                | cluster/v1          | cluster.py         |
 | svm             | VOCdevkit/VOC2007                     | svm-VARIANT/v1      | svm.py             |
 | segment-linear  | COCO, or as segment_layouts.py lists  | segment-linear/v1   | segment.py         |
 | segment         | the same: its other name              | segment-linear/v1   | segment.py         |

@@ -3,8 +3,8 @@
 Each validation image belongs to the prototype with the largest logit of its class token, by the head the
 network was trained under. No label is used but to score: `accuracy` under the best one-to-one assignment of
 clusters to classes (Hungarian method; Kuhn 1955), normalised mutual information (arithmetic mean), adjusted
-Rand index and Fowlkes-Mallows index, as scikit-learn computes them. The published numbers are of heads with as
-many prototypes as there are classes; with more, most clusters are no class's and the accuracy says little.
+Rand index and Fowlkes-Mallows index, as scikit-learn computes them. The published numbers are of heads with
+as many prototypes as there are classes; with more, most clusters are no class's and the accuracy says little.
 
 Chance keeps the sizes of the clusters and deals the images out at random.
 """
@@ -111,7 +111,7 @@ def pictures(
 
 
 def agreement(said: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Return the scores in percent of clusters int [n] against classes int [n]; their numbers mean nothing."""
+    """Return the scores in percent of clusters int [n] against classes int [n], whatever their numbers."""
     from sklearn import metrics
 
     places = np.unique(said, return_inverse=True)[1]

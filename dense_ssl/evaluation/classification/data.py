@@ -1,4 +1,4 @@
-"""Images with one label each: class folders, or the objects of a COCO data set cut from their boxes."""
+"""Images with one label each: class folders, small sets in their own files (archives.py), COCO's objects."""
 
 import os
 from collections.abc import Sequence
@@ -13,6 +13,11 @@ from torch import Tensor
 from dense_ssl.config import UserError
 from dense_ssl.evaluation import coco
 from dense_ssl.evaluation.choices import Filter
+from dense_ssl.evaluation.classification.archives import (
+    find_archive,
+    stored_image,
+    stored_size,
+)
 from dense_ssl.evaluation.features import content_key, file_stamp, thinned
 from dense_ssl.evaluation.omissions import Omissions, require_some
 from dense_ssl.loaders.source import SUFFIXES, decode, upright_size
@@ -25,12 +30,15 @@ FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One image, or the part of one that a box (x, y, width, height in pixels) frames."""
+    """One image, the part of one that a box (x, y, width, height in pixels) frames, or a row of a file."""
 
     path: Path
     box: tuple[float, float, float, float] | None = None
+    row: int | None = None
 
     def __str__(self) -> str:
+        if self.row is not None:
+            return f"{self.path.name}[{self.row}]"
         return self.path.name if self.box is None else f"{self.path.name}{list(self.box)}"
 
 
@@ -62,16 +70,26 @@ class ClassifyData:
 def open_classification(
     root: Path, limits: tuple[int | None, int | None], task: str
 ) -> ClassifyData:
-    """Return the data at `root`: class folders (`TASK/v1`) or COCO's objects (`TASK-objects/v1`).
+    """Return the data at `root`: COCO's objects (`TASK-objects/v1`), else whole images (`TASK/v1`).
 
-    `limits` are for train and val: at most so many images, evenly spaced.
+    Those are in class folders, or in the files of a small data set. `limits` are for train and val: at most
+    so many images, evenly spaced.
 
     Raises:
         UserError: it is neither, or nothing in it is usable.
     """
     if coco.is_coco(root):
         return open_coco_objects(root, limits, f"{task}-objects/v1")
-    return open_class_folders(root, limits, f"{task}/v1")
+    omitted = Omissions()
+    archive = find_archive(root, omitted)
+    if archive is None:
+        return open_class_folders(root, limits, f"{task}/v1")
+    parts = []
+    for name, entries, limit in zip(SPLITS, (archive.train, archive.val), limits):
+        require_some(entries, f"{root} ({name})", omitted)
+        labelled = [(Picture(path, row=row), label) for path, row, label in thinned(entries, limit)]
+        parts.append(_split(labelled))
+    return _data(f"{task}/v1", archive.classes, parts, omitted)
 
 
 def open_class_folders(
@@ -90,7 +108,8 @@ def open_class_folders(
         if not folder.is_dir():
             raise UserError(
                 f"{root}: no folder {split}/ in it; classification reads train/CLASS/* and "
-                "val/CLASS/*, or COCO's annotations/instances_*.json"
+                "val/CLASS/*, CIFAR, Flowers, Cars and iNaturalist in their own files, or COCO's "
+                "annotations/instances_*.json"
             )
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         classes = classes or names
@@ -176,6 +195,9 @@ def open_picture(
     Raises:
         OSError, ValueError, SyntaxError: the file cannot be read.
     """
+    if picture.row is not None:
+        image = stored_image(picture.path, picture.row)
+        return image, (0, 0, *image.size)
     if picture.box is None:
         image = decode(picture.path.read_bytes())
         return image, (0, 0, *image.size)
@@ -189,6 +211,8 @@ def picture_size(picture: Picture) -> tuple[int, int] | None:
 
     None where the header cannot be read.
     """
+    if picture.row is not None:
+        return stored_size()
     size = upright_size(picture.path)
     if picture.box is None or size is None:
         return size
@@ -220,8 +244,9 @@ def _split(labelled: Sequence[tuple[Picture, int]]) -> LabelledPictures:
 def _data(
     protocol: str, classes: tuple[str, ...], parts: list[LabelledPictures], omitted: Omissions
 ) -> ClassifyData:
+    stamps = {path: file_stamp(path) for part in parts for path in {p.path for p in part.pictures}}
     content = content_key(
-        *((file_stamp(p.path), p.box) for part in parts for p in part.pictures),
+        *((stamps[p.path], p.box, p.row) for part in parts for p in part.pictures),
         *(part.labels.tolist() for part in parts),
     )
     return ClassifyData(protocol, classes, parts[0], parts[1], content, omitted)

@@ -179,7 +179,7 @@ def _embedded(
         batch_size=config.batch_size,
         key=content_key(
             *("semi", name, config.size, resize, config.pool, config.resampling, data.content),
-            *((picture.path, picture.box) for picture in split.pictures),
+            *((picture.path, picture.box, picture.row) for picture in split.pictures),
         ),
         cache=cache,
         omitted=data.omitted,
