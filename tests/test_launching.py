@@ -82,7 +82,7 @@ def test_before_the_limit_the_run_saves_and_the_job_queues_itself_again(slurm, t
     job = slurm(**given)
     wait_for_step(run, 2, job)
     job.send_signal(signal.SIGUSR1)
-    output = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=240)[0]
     assert job.returncode == 75, output
     assert "the same command resumes" in output
     assert asked_of(tmp_path, "scontrol") == ["requeue 4711"]
@@ -93,7 +93,7 @@ def test_before_the_limit_the_run_saves_and_the_job_queues_itself_again(slurm, t
     given["GPUS"] = "1"
     given["ARGS"] += f" train.steps={saved + 1}"
     job = slurm(**given)
-    output = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=240)[0]
     assert job.returncode == 0, output
     assert f"resuming at step {saved}" in output
     assert asked_of(tmp_path, "scontrol") == []

@@ -18,7 +18,7 @@ ONE_OF_TWO = World(rank=0, size=2, device=torch.device("cpu"), flags=None)
 
 
 def _rank(how, folder):
-    world = init_world("cpu", timedelta(seconds=3 if how == "hangs" else 60))
+    world = init_world("cpu", timedelta(seconds=5 if how == "hangs" else 60))
     dist.all_reduce(torch.ones(2))
     if world.rank == 1:
         if how == "hangs":

@@ -21,6 +21,7 @@ from dataprep.synthetic import (
     write_class_folders,
     write_random_images,
 )
+from tests.test_pretrain import is_alive, ranks_below
 
 # pycocotools 2.0 speaks to numpy 2 in the old way
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -236,16 +237,17 @@ def test_killed_and_repeated_ends_with_the_same_bytes(rendered, tmp_path):
     script.write_text(code)
     root = Path(__file__).parents[1]
     process = subprocess.Popen([sys.executable, str(script)], env={"PYTHONPATH": str(root)})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not list(out.glob("train2017/*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.05)
+    workers = ranks_below(process.pid)
     process.kill()
     process.wait()
     assert not list(out.glob("annotations/*"))
-    written = -1
-    while written != (written := len(list(out.glob("train2017/*.jpg")))):
-        time.sleep(0.5)  # the orphaned workers notice and end
-    assert written < 1800
+    while alive := [pid for pid in workers if is_alive(pid)]:  # the orphans notice and end
+        assert time.monotonic() < deadline, f"{alive} of {workers} outlive the command"
+        time.sleep(0.1)
+    assert 0 < len(list(out.glob("train2017/*.jpg"))) < 1800
     with pytest.raises(DataError, match="other options"):
         render(out, count=12, seed=3, workers=1, val_share=0.25)
     (out / "scenes.json").write_bytes((rendered / "scenes.json").read_bytes())

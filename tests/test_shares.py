@@ -12,7 +12,8 @@ from dense_ssl.loaders.order import Order
 from dense_ssl.run_config import RunConfig, TrainConfig
 from dense_ssl.shares import groups_of, passes, shared
 
-RECIPES = sorted(Path("configs").glob("*.yaml"))
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
 RANKS = (1, 2, 4, 8)
 SMALL = """
 method:
@@ -80,7 +81,7 @@ def test_groups_are_equal_and_no_smaller_than_asked(images, wanted, want):
 def test_groups_and_their_images_cannot_both_be_given():
     changed = ("data.path=x", "run.dir=y", "method.backbone.bn_groups=2")
     with pytest.raises(UserError, match="bn_images=null to choose it"):
-        load(RunConfig, Path("configs/densecl.yaml"), changed)
+        load(RunConfig, CONFIGS / "densecl.yaml", changed)
 
 
 @pytest.fixture

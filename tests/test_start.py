@@ -100,5 +100,5 @@ def test_sigterm_reaches_the_stage_and_its_code_comes_back(tmp_path, monkeypatch
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=terminate).start()
+    threading.Thread(target=terminate, daemon=True).start()
     assert whole_way.run_stage("patient", [str(ready)]) == 75
