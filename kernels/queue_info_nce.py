@@ -41,6 +41,7 @@ from kernels.spec import KernelSpec
 BLOCK = 8192  # queue rows per block of the streamed reference: [1568, 8192] float32 is 51 MB
 LARGEST_D = 512  # of Triton's tiles
 PROGRAMS = 512  # enough of them to fill any card; their number never depends on the card
+MERGED = 16  # maxima, of rows times splits, that a program of the merge meets at a time
 
 
 def queue_info_nce(
@@ -161,9 +162,9 @@ def _launch(
     q, positive, queue = (x if x.stride(1) == 1 else x.contiguous() for x in (q, positive, queue))
     n, d = q.shape
     k = len(queue)
-    wide = q.dtype == torch.float32
-    block_n, block_k = (32, 32) if wide or d > 128 else (64, 64)
-    row_blocks, key_blocks = ceil_div(n, block_n), ceil_div(k, block_k)
+    block_d = power_of_two(d, 16)
+    block, warps, stages = _tile(block_d, q.dtype)
+    row_blocks, key_blocks = ceil_div(n, block), ceil_div(k, block)
     per_split = max(ceil_div(key_blocks, max(1, PROGRAMS // row_blocks)), 1)
     splits = max(ceil_div(key_blocks, per_split), 1)
     top = launch.empty(splits, n, dtype=torch.float32, like=q)
@@ -171,30 +172,39 @@ def _launch(
     mixed = launch.empty(splits if wants_gradient else 1, n, d, dtype=torch.float32, like=q)
     loss = launch.empty(n, dtype=torch.float32, like=q)
     gradient = launch.empty(n, d, dtype=q.dtype, like=q)
-    block_d = power_of_two(d, 16)
-    precision = launch.float32_precision()
+    block_s = min(power_of_two(splits), MERGED)
+    block_n = MERGED // block_s
     with launch.on_device_of(q):
         _attend[row_blocks, splits](
             *(q, queue, top, total, mixed, n, k, d, q.stride(0), queue.stride(0)),
             *(LOG2_E / temperature, per_split),
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
+            BLOCK_N=block,
+            BLOCK_K=block,
             BLOCK_D=block_d,
             WANTS_GRADIENT=wants_gradient,
-            PRECISION=precision,
-            num_warps=4,
-            num_stages=2,
+            PRECISION=launch.float32_precision(),
+            num_warps=warps,
+            num_stages=stages,
         )
-        _merge[(ceil_div(n, 16),)](
+        _merge[(ceil_div(n, block_n),)](
             *(q, positive, q if index is None else index, top, total, mixed, loss, gradient),
             *(n, d, q.stride(0), positive.stride(0), LOG2_E / temperature, 1 / temperature, splits),
-            BLOCK_N=16,
+            BLOCK_N=block_n,
+            BLOCK_S=block_s,
             BLOCK_D=block_d,
             INDEXED=index is not None,
             WANTS_GRADIENT=wants_gradient,
             num_warps=4,
         )
     return loss, gradient
+
+
+def _tile(width: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return rows of queries and of keys in a tile, warps and stages: what an sm_86 holds of such rows."""
+    bytes_of_row = width * dtype.itemsize
+    if bytes_of_row <= 512:
+        return 64 if bytes_of_row <= 256 and dtype != torch.float32 else 32, 4, 2
+    return (16, 4, 2) if bytes_of_row <= 1024 else (16, 8, 1)
 
 
 @jit
@@ -243,10 +253,10 @@ def _attend(
 def _merge(
     Q, POSITIVE, INDEX, TOP, TOTAL, MIXED, LOSS, GRADIENT, n, d, q_stride, positive_stride,
     scale, inverse_temperature, splits,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     INDEXED: tl.constexpr, WANTS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Add the splits in their order to the positive; leave loss and gradient."""
+    """Add the splits, BLOCK_S at a time in their order, to the positive; leave loss and gradient."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     row_there = rows < n
@@ -262,19 +272,23 @@ def _merge(
     top = logit
     total = tl.full([BLOCK_N], 1.0, tl.float32)
     mixed = positive
-    for split in range(splits):
-        part = rows + tl.cast(split, tl.int64) * n
-        part_top = tl.load(TOP + part, mask=row_there, other=0.0)
-        part_total = tl.load(TOTAL + part, mask=row_there, other=0.0)
-        new_top = tl.maximum(top, part_top)
+    for first in range(0, splits, BLOCK_S):
+        parts = first + tl.arange(0, BLOCK_S)
+        part_there = row_there[:, None] & (parts < splits)[None, :]  # [N, S]
+        part = parts.to(tl.int64)[None, :] * n + rows[:, None]
+        part_top = tl.load(TOP + part, mask=part_there, other=float("-inf"))
+        part_total = tl.load(TOTAL + part, mask=part_there, other=0.0)
+        new_top = tl.maximum(top, tl.max(part_top, 1))
         shrink = tl.exp2(top - new_top)
-        grow = tl.exp2(part_top - new_top)
-        total = total * shrink + part_total * grow
+        grow = tl.exp2(part_top - new_top[:, None])
+        total = total * shrink + tl.sum(part_total * grow, 1)
         if WANTS_GRADIENT:
             part_mixed = tl.load(
-                MIXED + part[:, None] * d + columns[None, :], mask=there, other=0.0
+                MIXED + part[:, :, None] * d + columns[None, None, :],
+                mask=part_there[:, :, None] & (columns < d)[None, None, :],
+                other=0.0,
             )
-            mixed = mixed * shrink[:, None] + part_mixed * grow[:, None]
+            mixed = mixed * shrink[:, None] + tl.sum(part_mixed * grow[:, :, None], 1)
         top = new_top
     tl.store(LOSS + rows, (top - logit + tl.log2(total)) * TO_BASE_E, mask=row_there)
     if WANTS_GRADIENT:
@@ -331,6 +345,8 @@ SPEC = KernelSpec(
         {"N": 33, "K": 150, "D": 24},
         {"N": 70, "K": 130, "D": 128, "M": 9},
         {"N": 4, "K": 100, "D": 32, "T": 0.01, "scale": 100},
+        {"N": 3, "K": 700, "D": 16},
+        {"N": 5, "K": 40, "D": 300},
         {"N": 6, "K": 0, "D": 8},
         {"N": 0, "K": 5, "D": 4},
     ),

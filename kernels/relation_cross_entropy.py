@@ -197,7 +197,8 @@ class _Launch:
         strides = [stride for x in self.features for stride in x.stride()[:3]]
         scales = (teacher_scale * LOG2_E, student_scale * LOG2_E, student_scale)
         self.numbers = (b * h, h, p, self.keys, teacher.shape[3], d, *strides, *scales)
-        narrow = max(d, teacher.shape[3]) <= 64
+        widest = max(d, teacher.shape[3])
+        narrow = widest <= 64
         if student.dtype == torch.float32:
             self.tile = (32, 16) if narrow else (16, 16)
         else:
@@ -206,7 +207,7 @@ class _Launch:
             "TEACHER_D": power_of_two(teacher.shape[3], 16),
             "STUDENT_D": power_of_two(d, 16),
             "PRECISION": launch.float32_precision(),
-            "num_warps": 4,
+            "num_warps": 4 if widest <= 128 else 8,
             "num_stages": 2,
         }
 

@@ -328,7 +328,7 @@ def _difference(
 ):  # fmt: skip
     """Leave factor (softmax(s) - softmax(t)) of one tile of one row; bases are scale log2(e)."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # times a stride below
     there = at < k
     factor = tl.load(FACTOR + row).to(tl.float32)
     s_top = tl.load(STATISTICS + row)

@@ -102,10 +102,11 @@ def test_the_first_layer_of_the_head_is_kept():
         finetune._classifier(backbone, 3, config)
     head = PrototypeHead(64, 8, hidden_dim=20)
     first = head.mlp[0]
-    state = {f"teacher.head.{name}": value for name, value in head.state_dict().items()}
+    layers = head.state_dict().items()
     for checkpoint in (
-        {"format": FORMAT, "method": state},
-        {"teacher": {f"module.{n.removeprefix('teacher.')}": v for n, v in state.items()}},
+        {"format": FORMAT, "method": {f"teacher.head.{name}": value for name, value in layers}},
+        {"teacher": {f"module.head.{name}": value for name, value in layers}},
+        {"teacher": {f"head.{i}.{name}": value for i in range(3) for name, value in layers}},  # UDI
     ):
         found = first_projection(checkpoint, "teacher", 64)
         assert found is not None and torch.equal(found[0], first.weight) and found[2] == "gelu"

@@ -42,6 +42,32 @@ def test_fits_the_card(name, sm):
                 assert not wrong, f"{launch.kernel}, {title}, {dtype}: {'; '.join(wrong)}"
 
 
+QUERIES = {"N": 1568, "K": 65536, "D": 512}
+RELATIONS = {"B": 8, "H": 3, "P": 169, "R": 169, "D": 256}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "precision"),
+    [
+        ("queue_info_nce", QUERIES, torch.float32, "highest"),
+        ("queue_info_nce", QUERIES, torch.float32, "high"),
+        ("relation_cross_entropy", RELATIONS, torch.bfloat16, "highest"),
+    ],
+)
+def test_the_widest_vectors_that_are_taken_fit_the_smaller_card(name, shape, dtype, precision):
+    """float32 as exact products ask for more registers, and as TF32, in which runs train, for memory."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = launches(ALL[name], shape, dtype, 86)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = dtype == torch.float32 and precision == "highest"
+    for launch in found:
+        wrong = [x for x in launch.complaints(wide=True) if not (exact and "tensor" in x)]
+        assert not wrong, f"{launch.kernel}: {'; '.join(wrong)}"
+
+
 def test_the_gate_notices():
     fine = Resources("k", 86, 64, 0, 1024, 4, 8, 8, True)
     assert fine.complaints(wide=True) == []

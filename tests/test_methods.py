@@ -16,6 +16,7 @@ from dense_ssl.methods.ibot import DinoConfig, IBotConfig
 from dense_ssl.methods.ibot_dc import IBotDCConfig
 from dense_ssl.methods.masks import MaskConfig
 from dense_ssl.methods.moco import MoCoConfig
+from dense_ssl.methods.parts import mlp_head
 from dense_ssl.methods.revisiting import RevisitingConfig
 from dense_ssl.methods.sere import SereConfig
 from dense_ssl.methods.udi import UdiConfig
@@ -227,6 +228,16 @@ def test_queue_holds_the_newest_keys_and_wraps():
     assert method.queue.pointer == 28 % 24
     norms = method.queue.keys.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(24))
+
+
+@pytest.mark.parametrize("init", ["torch", "kaiming"])
+def test_heads_start_as_in_either_code(init):
+    head = mlp_head(400, 300, 100, init)
+    for layer, width in ((head[0], 400), (head[2], 300)):
+        torch_own = width**-0.5  # uniform between -it and it, biases too
+        std = (2 / width) ** 0.5 if init == "kaiming" else torch_own / 3**0.5
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.03)
+        assert (layer.bias.abs().max() > 0) == (init == "torch")
 
 
 def test_a_queue_shorter_than_a_step_is_refused():

@@ -244,6 +244,16 @@ def test_a_vit_file_needs_its_name(tmp_path):
     assert loaded.sha256 == weights_sha256(state)
 
 
+def test_a_vit_fine_tuned_on_the_mean_of_its_cells_is_read_and_told_of(tmp_path, caplog):
+    state = load_backbone("random:test_vit").backbone.trunk.state_dict()
+    tuned = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: value
+             for name, value in state.items()}  # fmt: skip
+    torch.save({"model": tuned | {"head.weight": torch.zeros(9, 64)}}, tmp_path / "tuned.pth")
+    loaded = load_backbone(f"{tmp_path / 'tuned.pth'}?arch=test_vit")
+    assert loaded.sha256 == weights_sha256(state)
+    assert "its norm was trained on the mean of the cells" in caplog.text
+
+
 def test_a_resnet_with_a_deep_stem_is_read_by_its_name(tmp_path):
     state = load_backbone("random:test_resnet").backbone.trunk.state_dict()
     torch.save(state, tmp_path / "deep.pth")

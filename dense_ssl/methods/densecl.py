@@ -133,11 +133,8 @@ def dense_encoders(config: DenseContrastConfig) -> tuple[nn.ModuleDict, nn.Modul
     def build() -> nn.ModuleDict:
         backbone = make_backbone(config.backbone)
         hidden = config.hidden_dim or backbone.dim
-        global_head = mlp_head(backbone.dim, hidden, config.out_dim)
-        for layer in (m for m in global_head if isinstance(m, nn.Linear)):
-            # The dense head keeps torch's default: OpenSelfSup's initialiser skips convolutions.
-            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        global_head = mlp_head(backbone.dim, hidden, config.out_dim, init="kaiming")
+        # OpenSelfSup's initialiser skips convolutions, which the published dense head is made of.
         dense_head = mlp_head(backbone.dim, hidden, config.out_dim)
         return nn.ModuleDict(
             {"backbone": backbone, "global_head": global_head, "dense_head": dense_head}

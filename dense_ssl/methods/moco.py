@@ -29,7 +29,7 @@ from dense_ssl.methods.method import (
     one_group,
     teacher_of,
 )
-from dense_ssl.methods.parts import KeyQueue, mlp_head, unit
+from dense_ssl.methods.parts import HeadInit, KeyQueue, mlp_head, unit
 from dense_ssl.schedule import Number, Schedule
 from dense_ssl.views import ViewSpec
 from kernels.queue_info_nce import queue_info_nce
@@ -49,6 +49,7 @@ class MoCoConfig(MethodConfig):
     backbone: BackboneConfig = BackboneConfig(init="fan_out")
     hidden_dim: Annotated[int, Field(ge=1)] | None = None  # None: as wide as the backbone (v2)
     out_dim: Annotated[int, Field(ge=1)] = 128
+    head_init: HeadInit = "torch"  # kaiming: as OpenSelfSup, and so the MoCo in DenseCL's tables
     queue_length: Annotated[int, Field(ge=1)] = 65536
     temperature: Annotated[float, Field(gt=0)] = 0.2
     momentum: Number = Schedule(start=0.999, shape="constant")
@@ -103,7 +104,8 @@ class MoCo(Method):
 
         def build() -> nn.ModuleDict:
             backbone = make_backbone(config.backbone)
-            head = mlp_head(backbone.dim, config.hidden_dim or backbone.dim, config.out_dim)
+            hidden = config.hidden_dim or backbone.dim
+            head = mlp_head(backbone.dim, hidden, config.out_dim, config.head_init)
             return nn.ModuleDict({"backbone": backbone, "global_head": head})
 
         self.student, self.teacher = encoder_pair(build)

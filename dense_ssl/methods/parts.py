@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Generator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,18 @@ from torch.nn import functional as F
 
 from dense_ssl.config import UserError
 
+# How linear layers of a head start: as torch's do (MoCo), or Kaiming normal with biases of 0 (OpenSelfSup)
+HeadInit = Literal["torch", "kaiming"]
 
-def mlp_head(dim: int, hidden: int, out: int) -> nn.Sequential:
+
+def mlp_head(dim: int, hidden: int, out: int, init: HeadInit = "torch") -> nn.Sequential:
     """Return Linear, ReLU, Linear, all with bias (MoCo-v2's head; on cells it is a 1 x 1 convolution)."""
-    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
+    head = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
+    if init == "kaiming":
+        for layer in (m for m in head if isinstance(m, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return head
 
 
 def unit(x: Tensor) -> Tensor:

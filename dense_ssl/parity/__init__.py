@@ -1,7 +1,8 @@
 """The published functions under their agreed names and in their axis order, for checks from outside.
 
-Each is a thin view of the function that training or evaluation really uses; `docs/methods.md` lists
-them. Axis order and layouts are the official codes'.
+Each is a thin view of the function that training or evaluation really uses, but for the few whose docstring
+says that training never builds what they return; `docs/methods.md` lists those of MoCo, DenseCL and of
+evaluation, the files here the others. Axis order and layouts are the official codes'.
 """
 
 from dense_ssl.distributed import shuffle_indices, unshuffle_indices
@@ -78,6 +79,8 @@ from dense_ssl.parity.training import (
     teacher_temps,
 )
 from dense_ssl.parity.udi import (
+    StudentLogits,
+    TeacherLogits,
     create_map,
     crop_coord,
     crop_params,
@@ -96,6 +99,8 @@ from dense_ssl.schedule import cosine_lr
 from dense_ssl.weights.layouts import extract_backbone, to_detectron2, to_detectron2_name
 
 __all__ = [
+    "StudentLogits",
+    "TeacherLogits",
     "align_overlap",
     "align_relation",
     "autoaugment_subpolicy",

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dense_ssl.backbones.features import tokens_from_map
 from dense_ssl.methods import densecl, moco
-from dense_ssl.methods.parts import mlp_head, unit
+from dense_ssl.methods.parts import KeyQueue, mlp_head, unit
 from kernels.dense_match import dense_match as dense_match_kernel
 
 
@@ -81,7 +81,10 @@ def _head(weights: Mapping[str, Tensor], prefix: str) -> nn.Sequential:
 
 def enqueue(queue: Tensor, ptr: int, keys: Tensor) -> int:
     """Write unit keys [M, D] into the columns of queue [D, K] from ptr on; return the new ptr."""
-    length = queue.shape[1]
-    at = (ptr + torch.arange(len(keys), device=queue.device)) % length
-    queue[:, at] = keys.T.to(queue.dtype)
-    return (ptr + len(keys)) % length
+    rows = KeyQueue(1, 1)
+    rows.keys, rows.pointer = (
+        queue.T,
+        torch.tensor(ptr, device=queue.device),
+    )  # columns are its rows
+    rows.push(keys)
+    return int(rows.pointer)

@@ -29,10 +29,10 @@ _PREFIXES = ("encoder_q.0.", "encoder_q.", "backbone.backbone.", "backbone.", "m
 _NOT_TRUNK = (
     "fc.", "head.", "masked_embed", "mask_token", "pixel_sere", "channel_sere", "attn.", "norm1.",
 )  # fmt: skip
-# First layers of projection heads: ours, DINO's and its relatives', MoCo-v2's
+# First layers of projection heads: ours, DINO's and its relatives', UDI's, MoCo-v2's and OpenSelfSup's
 _HEADS: dict[str, Literal["gelu", "relu"]] = {
-    "{part}.head.mlp.0.": "gelu", "head.mlp.0.": "gelu", "{part}.global_head.0.": "relu",
-    "encoder_q.fc.0.": "relu",
+    "{part}.head.mlp.0.": "gelu", "head.mlp.0.": "gelu", "head.0.mlp.0.": "gelu",
+    "{part}.global_head.0.": "relu", "encoder_q.fc.0.": "relu", "encoder_q.1.mlp.0.": "relu",
 }  # fmt: skip
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # (bottleneck blocks, blocks per stage, channels of the first 3x3 convolution: out, in) -> timm name
@@ -85,8 +85,8 @@ def first_projection(
 ) -> tuple[Tensor, Tensor, Literal["gelu", "relu"]] | None:
     """Return weight, bias and activation of the first layer of a checkpoint's projection head.
 
-    Of this project's files and of the official ones of DINO, iBOT, SERE, UDI and MoCo-v2; None where there
-    is none, or not one for features of width `dim`.
+    Of this project's files and of the official ones of DINO, iBOT, SERE, UDI, MoCo-v2 and DenseCL; None
+    where there is none, or not one for features of width `dim`.
     """
     state = tensors(checkpoint, part)
     for prefix, activation in _HEADS.items():

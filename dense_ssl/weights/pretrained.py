@@ -170,10 +170,15 @@ def _of_onnx(path: Path) -> Loaded:
 def load_trunk(backbone: Backbone, trunk: Mapping[str, Tensor], origin: str) -> None:
     """Load every tensor of a trunk into `backbone`, or none.
 
+    A ViT fine-tuned on the mean of its cells (MAE's code) has its last norm behind that mean, as `fc_norm`.
+
     Raises:
         UserError: a tensor is missing, left over, or of another shape; the message counts them.
     """
     expected = backbone.trunk.state_dict()
+    if "norm.weight" in expected and "norm.weight" not in trunk and "fc_norm.weight" in trunk:
+        trunk = {name.removeprefix("fc_"): value for name, value in trunk.items()}
+        logger.warning("%s: its norm was trained on the mean of the cells, not on each", origin)
     missing = [name for name in expected if name not in trunk]
     strange = [name for name in trunk if name not in expected]
     other = [n for n in expected if n in trunk and trunk[n].shape != expected[n].shape]
