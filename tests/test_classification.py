@@ -24,11 +24,12 @@ from dense_ssl.evaluation.classification.data import (
     open_class_folders,
     picture_size,
 )
-from dense_ssl.evaluation.classification.heads import Heads
+from dense_ssl.evaluation.classification.heads import Heads, Rule
 from dense_ssl.evaluation.classification.subsets import draw_subset
 from dense_ssl.evaluation.features import FeatureCache
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.readout import Readout
+from dense_ssl.optim import LARS
 
 
 class ColourBackbone(Backbone):
@@ -158,20 +159,32 @@ def test_half_precision_bank_and_the_picture(colours, tmp_path):
 # --- linear: the solver
 
 
+def optimiser_of(rule, layer):
+    if rule.optimizer == "sgd":
+        return torch.optim.SGD(
+            layer.parameters(), 0.0, momentum=0.9, weight_decay=rule.weight_decay
+        )
+    plain = {"params": [layer.bias], "weight_decay": 0.0}
+    groups = [{"params": [layer.weight], "weight_decay": rule.weight_decay}, plain]
+    return LARS(groups, lr=0.0, momentum=0.9, trust=0.001)
+
+
 def test_heads_step_as_torchs_sgd_does():
+    """And as LARS does, which training has of its own."""
     torch.manual_seed(1)
-    lr = torch.tensor([0.1, 1.0, 3.0])
-    heads = Heads(lr, classes=4, dim=5, seed=3)
-    layers = [nn.Linear(5, 4) for _ in lr]
+    rules = [Rule(0.1), Rule(1.0), Rule(3.0, 0.01), Rule(2.0, 0.0, "lars"), Rule(20.0, 0.1, "lars")]
+    heads = Heads(rules, classes=4, dim=5, seed=3, device=torch.device("cpu"))
+    layers = [nn.Linear(5, 4) for _ in rules]
     for i, layer in enumerate(layers):
         layer.weight.data.copy_(heads.weight[i])
         layer.bias.data.zero_()
-    optimisers = [torch.optim.SGD(layer.parameters(), 0.0, momentum=0.9) for layer in layers]
+    optimisers = [optimiser_of(rule, layer) for rule, layer in zip(rules, layers)]
     for factor in (1.0, 0.7, 0.2):
         x, labels = torch.randn(8, 5), torch.randint(0, 4, (8,))
         heads.step(x, labels, factor)
-        for layer, optimiser, rate in zip(layers, optimisers, lr):
-            optimiser.param_groups[0]["lr"] = factor * float(rate)
+        for layer, optimiser, rule in zip(layers, optimisers, rules):
+            for group in optimiser.param_groups:
+                group["lr"] = factor * rule.lr
             optimiser.zero_grad()
             F.cross_entropy(layer(x), labels).backward()
             optimiser.step()
@@ -186,6 +199,8 @@ def test_rates_fall_as_published():
     assert [cosine.at(s) for s in at[:2]] == pytest.approx([1, 0.5])
     assert [step.at(s) for s in at] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01])
     assert len(linear.Config().lr) == 45 and linear.Config().lr[-1] == pytest.approx(9)
+    sweep = linear.Config(weight_decay="0,1e-6", optimizer="sgd,lars")
+    assert len(sweep.rules()) == 180 and sweep.rules()[3] == Rule(1e-4, 1e-6, "lars")
     assert linear.Config(lr="0.1,3").lr == (0.1, 3.0) and linear.Config(lr=30).lr == (30.0,)
 
 

@@ -57,6 +57,8 @@ def test_arguments():
         ("attention", ["batch_size=4"], False),
         ("attention", ["mass=0.5"], True),
         ("copydays", ["size=320"], False),
+        ("linear", ["weight_decay=0,1e-6", "optimizer=sgd,lars"], False),
+        ("linear", ["weight_decay=1e-6"], True),
         ("landmarks", ["multi_scale=false"], True),
         ("object-knn", ["margin=0"], True),
         ("davis", ["settings=revisiting"], False),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dense_ssl.config import UserError
 from dense_ssl.evaluation.label_maps import VOID, Code, read_coded, signed
-from dense_ssl.evaluation.metrics import confusion, segmentation_scores
+from dense_ssl.evaluation.metrics import confusion, foreground_f, segmentation_scores
 from dense_ssl.evaluation.segmentation import probe as segment
 from dense_ssl.evaluation.segmentation import train as segment_train
 from dense_ssl.evaluation.segmentation.data import SegmentData, open_segmentation
@@ -196,6 +196,7 @@ def test_codes_and_both_kinds_of_void(tmp_path):
 
 @pytest.mark.parametrize("case", ["mixed", "absent", "one pixel", "all wrong", "wide"])
 def test_metrics_equal_scikit_learn(case):
+    """The F-measure of the foreground too."""
     metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     truth, said = rng.integers(0, 5, (40, 50)), rng.integers(0, 5, (40, 50))
@@ -216,6 +217,9 @@ def test_metrics_equal_scikit_learn(case):
     y, p = truth[truth >= 0], said[truth >= 0]
     expected = metrics.confusion_matrix(y, p, labels=range(classes))
     assert (matrix.numpy() == expected).all()
+    f = metrics.fbeta_score(y > 0, p > 0, beta=0.3**0.5, zero_division=0)
+    assert foreground_f(truth, said) == pytest.approx(f)
+    assert foreground_f(np.where(truth > 0, -1, truth), said) == 0
     scores = segmentation_scores(matrix)
     occurring = np.union1d(y, p)
     iou = metrics.jaccard_score(y, p, labels=occurring, average="macro", zero_division=0)

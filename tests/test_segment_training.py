@@ -375,8 +375,14 @@ def test_networks_learn_separable_classes(halves, tiny_resnet, config):
     vit = make_backbone(BackboneConfig(name="test_vit")).eval()
     backbone = tiny_resnet if config is FCN else vit
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
-    values = segment_train.run(backbone, segment_train.load(halves / "true", config), config)
+    data = segment_train.load(halves / "true", config)
+    if config is FINETUNE:
+        data = replace(data, layout="imagenet-s")
+    values = segment_train.run(backbone, data, config)
     assert values["aAcc"] > 95 and values["mIoU"] > 95
+    assert ("F-measure" in values) == (config is FINETUNE)
+    if config is FINETUNE:
+        assert values["F-measure"] > 95 > values["chance/F-measure"]
     assert values["chance/mAcc"] == pytest.approx(100 / 3)
     assert all(torch.equal(x, before[name]) for name, x in backbone.state_dict().items())
 

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_BETA = 0.3  # weight of precision in ImageNet-S's F-measure (Gao et al., arXiv:2106.03149)
+
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
     """Return int64 [classes, classes]: pixels of class row predicted as column.
@@ -47,3 +49,18 @@ def scores_beside_chance(matrix: Tensor, commonest: int) -> dict[str, float]:
     chance[:, commonest] = matrix.sum(1)
     by_chance = segmentation_scores(chance)
     return segmentation_scores(matrix) | {f"chance/{name}": v for name, v in by_chance.items()}
+
+
+def foreground_f(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Return the F-measure of one image's foreground, 0..1: (1 + b) P R / (b P + R) with b = 0.3.
+
+    Foreground are all classes but 0; labels below 0 (void) count nowhere. Without true or predicted
+    foreground it is 0, as ImageNet-S's evaluation has it. labels and predicted: int [H, W].
+    """
+    known = labels >= 0
+    true, said = labels[known] > 0, predicted[known] > 0
+    both = np.count_nonzero(true & said)
+    if not both:
+        return 0.0
+    precision, recall = both / np.count_nonzero(said), both / np.count_nonzero(true)
+    return (1 + _BETA) * precision * recall / (_BETA * precision + recall)

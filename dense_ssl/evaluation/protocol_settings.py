@@ -38,6 +38,7 @@ OWN: dict[str, Own] = {
     "linear": _own(
         "select pool blocks precision seed extract_batch workers",
         {},  # iBOT
+        {"weight_decay": (0.0, 1e-6), "optimizer": ("sgd", "lars")},  # its larger sweep
         {"lr": (30.0,), "schedule": "step", "batch_size": 256, "resampling": "bilinear"},  # MoCo
         {
             "lr": (0.02,), "batch_size": 2048, "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25,

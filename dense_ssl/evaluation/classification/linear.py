@@ -7,17 +7,19 @@ Two named variants:
 * `cached` (`linear-cached/v1`): features of centre crops, computed once. Minutes instead of hours, and
   a few tenths of a point to a few points below.
 
-SGD with momentum 0.9, no decay, the learning rate times batch / 256, weights from N(0, 0.01). ViTs narrower
+SGD with momentum 0.9, no decay, the learning rate times batch / 256, weights from N(0, 0.01); iBOT's larger
+sweep is `weight_decay=0,1e-6 optimizer=sgd,lars`. ViTs narrower
 than 768 read the class tokens of the last 4 blocks, wider ones the last class token beside the mean cell,
 ResNets their pooled map.
 
-Which learning rate counts is decided on a tenth of the training images kept apart (`select=held-out`), or,
+Which classifier counts is decided on a tenth of the training images kept apart (`select=held-out`), or,
 as the published codes do, on the very images that are reported (`select=val`); then the metrics are called
 `top1@best-on-val`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,7 +51,7 @@ from dense_ssl.evaluation.classification.data import (
     read_picture,
     shorter_side,
 )
-from dense_ssl.evaluation.classification.heads import Heads
+from dense_ssl.evaluation.classification.heads import Heads, Rule
 from dense_ssl.evaluation.features import (
     FeatureCache,
     check_size,
@@ -84,6 +86,8 @@ class Config(BaseConfig):
     pool: Pool | Literal["auto"] = "auto"
     blocks: Annotated[int, Field(ge=1)] | None = None  # None: of the network, see above
     lr: Several[Annotated[float, Field(gt=0)]] = _LRS
+    weight_decay: Several[Annotated[float, Field(ge=0)]] = (0.0,)
+    optimizer: Several[Literal["sgd", "lars"]] = ("sgd",)
     schedule: Literal["cosine", "step"] = "cosine"  # step: x 0.1 after 60 % and 80 % (MoCo)
     epochs: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=1)] = 1024  # of all ranks together
@@ -93,6 +97,11 @@ class Config(BaseConfig):
     workers: Annotated[int, Field(ge=0)] | None = None  # that decode; None: all cores
     max_train: Annotated[int, Field(ge=1)] | None = None
     max_val: Annotated[int, Field(ge=1)] | None = None
+
+    def rules(self) -> list[Rule]:
+        """Return how each classifier is trained, the smallest rates first."""
+        kinds = product(self.lr, self.weight_decay, self.optimizer)
+        return [Rule(lr, decay, name) for lr, decay, name in kinds]
 
 
 def load(path: Path, config: Config) -> ClassifyData:
@@ -114,7 +123,11 @@ def run(
     named = "@best-on-val" if outcome.chosen_on == "val" else ""
     values = {f"{name}{named}": value for name, value in found.items()}
     values |= chance(data.train.labels, outcome.labels, len(data.classes))
-    return values | {"note/lr": outcome.lr, "note/features": float(outcome.dim)}
+    values |= {"note/lr": outcome.rule.lr, "note/features": float(outcome.dim)}
+    if len(config.weight_decay) * len(config.optimizer) > 1:
+        values |= {"note/weight decay": outcome.rule.weight_decay}
+        values |= {"note/lars": float(outcome.rule.optimizer == "lars")}
+    return values
 
 
 def pictures(
@@ -123,7 +136,9 @@ def pictures(
     """Return the confusion matrix; the trained layers are those `run` left in the cache."""
     outcome = _outcome(backbone, data, config, cache)
     top1 = accuracies(outcome.scores, outcome.labels)["top1"]
-    title = f"{data.protocol}: top-1 {top1:.1f} %, lr {outcome.lr:g} chosen on {outcome.chosen_on}"
+    title = (
+        f"{data.protocol}: top-1 {top1:.1f} %, lr {outcome.rule.lr:g} chosen on {outcome.chosen_on}"
+    )
     said = outcome.scores.argmax(1)
     return {"confusion": confusion_sheet(outcome.labels, said, data.classes, title)}
 
@@ -134,7 +149,7 @@ class Outcome:
 
     scores: Tensor  # [m, C]
     labels: Tensor  # int64 [m]
-    lr: float
+    rule: Rule
     chosen_on: Literal["held-out", "val", "nothing"]
     dim: int
 
@@ -142,7 +157,7 @@ class Outcome:
 def _outcome(
     backbone: Backbone, data: ClassifyData, config: Config, cache: FeatureCache | None
 ) -> Outcome:
-    """Train, choose a learning rate, and score the validation images."""
+    """Train, choose a classifier, and score the validation images."""
     check_size((config.size,), backbone.stride)
     reader = Readout(backbone, *_reading(backbone, config))
     train, apart = _apart(data, config)
@@ -158,17 +173,18 @@ def _outcome(
     val_scores, val_labels = scores_of(data.val, "val")
     chosen_on = "nothing"
     best = 0
-    if len(config.lr) > 1:
+    rules = config.rules()
+    if len(rules) > 1:
         chosen_on = config.select
         judged, truth = (val_scores, val_labels) if apart is None else scores_of(apart, "held-out")
         hits = (judged.argmax(2) == truth).float().mean(1)  # [L]
         best = int(hits.argmax())  # the smallest rate on ties
-    return Outcome(val_scores[best], val_labels, config.lr[best], chosen_on, reader.dim)
+    return Outcome(val_scores[best], val_labels, rules[best], chosen_on, reader.dim)
 
 
 def _apart(data: ClassifyData, config: Config) -> tuple[LabelledPictures, LabelledPictures | None]:
-    """What is trained on, and what the learning rate is chosen on (None: val, or nothing to choose)."""
-    if config.select == "val" or len(config.lr) == 1:
+    """What is trained on, and what the classifier is chosen on (None: val, or nothing to choose)."""
+    if config.select == "val" or len(config.rules()) == 1:
         return data.train, None
     mask = held_out(data.train.labels, _SHARE, config.seed)
     if not mask.any():
@@ -189,9 +205,7 @@ def _trained(
 ) -> Heads:
     """Train the heads, from the last epoch a cache has of them."""
     device = next(reader.parameters()).device
-    heads = Heads(
-        torch.tensor(config.lr, device=device), len(data.classes), reader.dim, config.seed
-    )
+    heads = Heads(config.rules(), len(data.classes), reader.dim, seed=config.seed, device=device)
     folder = cache.job(key) if cache else None
     saved = checkpoint.load_newest(folder) if folder else None
     start = start_of_all(saved["step"] if saved else 0, folder)

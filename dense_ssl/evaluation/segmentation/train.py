@@ -24,7 +24,7 @@ from dense_ssl.distributed import rank, world_size
 from dense_ssl.evaluation.classification.augmented import seeded
 from dense_ssl.evaluation.features import FeatureCache, content_key, normalised, thinned
 from dense_ssl.evaluation.label_maps import MOST_CLASSES, VOID, WIDE_VOID, LabelledImage
-from dense_ssl.evaluation.metrics import confusion, segmentation_scores
+from dense_ssl.evaluation.metrics import confusion, foreground_f, segmentation_scores
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.evaluation.ranks import everyone, share_buffers
 from dense_ssl.evaluation.segmentation.crops import TrainingCrops, read_sample
@@ -65,17 +65,23 @@ def run(
 ) -> dict[str, float]:
     """Return `mIoU`, `aAcc`, `mAcc` in percent, and `chance/...`: the commonest class everywhere.
 
+    Of ImageNet-S also `F-measure`, the mean over images of that of the foreground.
+
     Raises:
         UserError: the protocol cannot take the backbone, training diverges, or a split is all void.
     """
     model = _trained(backbone, data, config, cache)
-    matrix = _matrix(model, data, config, data.omitted)
+    matrix, foregrounds = _judged(model, data, config, data.omitted)
     if not matrix.any():
         raise UserError("val: every pixel is void")
+    commonest = _commonest(data)
     chance = torch.zeros_like(matrix)
-    chance[:, _commonest(data)] = matrix.sum(1)
-    by_chance = segmentation_scores(chance)
-    return segmentation_scores(matrix) | {f"chance/{name}": v for name, v in by_chance.items()}
+    chance[:, commonest] = matrix.sum(1)
+    values, by_chance = segmentation_scores(matrix), segmentation_scores(chance)
+    if data.layout == "imagenet-s":
+        own, everywhere = (100 * float(mean) for mean in np.mean(foregrounds, axis=0))
+        values["F-measure"], by_chance["F-measure"] = own, everywhere if commonest else 0.0
+    return values | {f"chance/{name}": value for name, value in by_chance.items()}
 
 
 def pictures(
@@ -165,16 +171,20 @@ def _train(
 
 
 def _mean_iou(model: Segmenter, data: SegmentData, config: TrainedConfig) -> float:
-    return segmentation_scores(_matrix(model, data, config, Omissions()))["mIoU"]
+    return segmentation_scores(_judged(model, data, config, Omissions())[0])["mIoU"]
 
 
-def _matrix(
+def _judged(
     model: Segmenter, data: SegmentData, config: TrainedConfig, omitted: Omissions
-) -> Tensor:
-    """The confusion matrix over the validation split, of all ranks together."""
+) -> tuple[Tensor, list[tuple[float, float]]]:
+    """The confusion matrix over the validation split, of all ranks together.
+
+    Of ImageNet-S also the F-measure of each image's foreground: as predicted, and if it were everywhere.
+    """
     classes = len(data.classes)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     lost: list[tuple[str, str]] = []
+    foregrounds: list[tuple[float, float]] = []
     shown = tqdm(
         _answers(model, data.val[rank() :: world_size()], config),
         total=len(data.val[rank() :: world_size()]), desc="val", unit="img", leave=False,
@@ -185,9 +195,13 @@ def _matrix(
             lost.append((str(image), said))
         else:
             matrix += confusion(torch.from_numpy(truth), torch.from_numpy(said), classes)
+            if data.layout == "imagenet-s":
+                everywhere = foreground_f(truth, np.ones_like(truth))
+                foregrounds.append((foreground_f(truth, said), everywhere))
     for name, reason in (pair for part in everyone(lost) for pair in part):
         omitted.add("val: image not readable", f"{name}: {reason}")
-    return torch.stack(everyone(matrix)).sum(0)
+    together = [pair for part in everyone(foregrounds) for pair in part]
+    return torch.stack(everyone(matrix)).sum(0), together
 
 
 def _answers(
