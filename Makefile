@@ -87,8 +87,10 @@ lint: setup ## style, types, import rules, spelling
 
 # Each test keeps to one thread, so as many run side by side as there are cores (eight at most: each holds about 2 GB).
 PARALLEL = -n $(JOBS) --maxprocesses 8 --dist worksteal
+# What runs kernels; of the benchmarks, which run none, the refusal to time the interpreter.
+INTERPRETED = $(addprefix tests/test_,kernels.py kernel_multicrop.py kernel_photometric.py kernel_training.py decoded.py kernel_bench.py::test_refuses_to_time_the_interpreter)
 
 test: lint ## lint, types, import rules, all tests   [JOBS=1 ARGS="-k resume"]
 	@$(PY) -m pytest -q $(PARALLEL) $(ARGS)
 	@echo "the kernels once more, in Triton's interpreter:"
-	@TRITON_INTERPRET=1 DENSE_SSL_KERNELS=triton OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PARALLEL) tests/test_kernel*.py tests/test_decoded.py $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose none of them
+	@TRITON_INTERPRET=1 DENSE_SSL_KERNELS=triton OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PARALLEL) $(INTERPRETED) $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose none of them

@@ -24,6 +24,7 @@ from dense_ssl.log import duration
 from dense_ssl.weights.fingerprint import weights_sha256
 
 SCENES = 2000
+PICTURES = "crops,correspondence"
 SOURCE, SHARDS = Path("data/scenes"), Path("shards/scenes")
 # Enough objects and images for a clear figure, few enough for two cores (about a minute).
 SMALL_EVALUATION = (
@@ -63,8 +64,7 @@ def go(args: argparse.Namespace) -> int:
 
 def illustrate(run: Path) -> None:
     """Add pictures to a run and to its page; without them the run is still done."""
-    for kind in ("crops", "correspondence"):
-        run_stage("dense_ssl.visualise", ["--run", str(run), "--kind", kind])
+    run_stage("dense_ssl.visualise", ["--run", str(run), "--kind", PICTURES])
     if run_stage("dense_ssl.report", [str(run)]) == 0:
         say_weights(run)
 
@@ -115,8 +115,7 @@ def demo(
         ("dense_ssl.pretrain", recipe, f"data.path={SHARDS}", f"data.loader={loader}", f"run.dir={run}",
          *overrides, "--gpus", str(ranks)),
         ("dense_ssl.evaluation", tasks, *trained, "--out", str(run), *settings),
-        ("dense_ssl.visualise", "--run", str(run), "--kind", "crops"),
-        ("dense_ssl.visualise", "--run", str(run), "--kind", "correspondence"),
+        ("dense_ssl.visualise", "--run", str(run), "--kind", PICTURES),
         ("dense_ssl.report", str(run)),
     ]  # fmt: skip
     for module, *arguments in stages:

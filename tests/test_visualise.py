@@ -239,6 +239,7 @@ def test_what_is_wrong_is_said_in_one_sentence(run, tmp_path, capsys):
         ("--run", str(run), "--kind", "heads"): "choose from crops, masks, correspondence",
         ("--run", str(tmp_path / "none")): "no usable config.yaml",
         ("--run", str(single), "--kind", "correspondence"): "has one crop",
+        ("--run", str(run), "--kind", "crops,pca", "--out", "x.png"): "--out names one picture",
         ("--run", str(run), "--out", "/proc/nowhere/a.png"): "cannot be written",
     }.items():
         assert main([*arguments]) == 2
@@ -254,3 +255,7 @@ def test_the_command_line_writes_into_the_run(run, capsys):
     assert main(["--run", str(run), "--images", "2"]) == 0
     assert capsys.readouterr().out == f"{run / 'crops.png'}\n"
     assert (run / "crops.png").is_file()
+    kinds = ["masks", "correspondence"]  # there are no masks: one that cannot be is no hindrance
+    assert main(["--run", str(run), "--images", "1", "--kind", ",".join(kinds)]) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{run / 'correspondence.png'}\n" and err.startswith("error: ")

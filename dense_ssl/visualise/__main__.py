@@ -1,6 +1,7 @@
 """Pictures of what a run sees, and of what its backbone makes of it.
 
     python -m dense_ssl.visualise --run runs/a --kind crops     # writes runs/a/crops.png
+    python -m dense_ssl.visualise --run runs/a --kind crops,pca # and runs/a/pca.png
 
     crops            each source image with its crop boxes, beside the views
     masks            the views with the patches that are hidden from the student
@@ -232,7 +233,7 @@ def main(argv: list[str]) -> int:
         prog="python -m dense_ssl.visualise", description="Draw what a run sees."
     )
     parser.add_argument("--run", type=Path, required=True, help="a run folder")
-    parser.add_argument("--kind", default="crops", help=" or ".join(KINDS))
+    parser.add_argument("--kind", default="crops", help=f"one or several of {','.join(KINDS)}")
     parser.add_argument("--out", type=Path, help="the PNG (default: RUN/KIND.png)")
     parser.add_argument("--images", type=int, default=4, help="how many (default 4)")
     parser.add_argument("--epoch", type=int, default=0, help="whose crops (default 0)")
@@ -240,14 +241,21 @@ def main(argv: list[str]) -> int:
         "--size", type=int, help="side of the views in pixels (default: as trained)"
     )
     args = parser.parse_args(argv)
-    out = args.out or args.run / f"{args.kind}.png"
-    try:
-        draw(args.run, args.kind, out, max(args.images, 1), args.epoch, args.size)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+    kinds = args.kind.split(",")
+    if args.out and len(kinds) > 1:
+        sys.stderr.write(f"error: --out names one picture, --kind {len(kinds)}\n")
         return 2
-    sys.stdout.write(f"{out}\n")
-    return 0
+    code = 0
+    for kind in kinds:
+        out = args.out or args.run / f"{kind}.png"
+        try:
+            draw(args.run, kind, out, max(args.images, 1), args.epoch, args.size)
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            code = 2
+        else:
+            sys.stdout.write(f"{out}\n")
+    return code
 
 
 if __name__ == "__main__":
