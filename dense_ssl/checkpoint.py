@@ -59,7 +59,7 @@ def save(folder: Path, payload: dict[str, Any], keep: int, keep_every: int | Non
             f"{target}: checkpoint could not be written ({_reason(error)}); free space or choose another "
             "RUN; earlier checkpoints are intact"
         ) from None
-    _rotate(folder, keep, keep_every)
+    _rotate(folder, step, keep, keep_every)
     return target
 
 
@@ -165,9 +165,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _rotate(folder: Path, keep: int, keep_every: int | None) -> None:
-    for path in sorted(folder.glob("step-*.pt"))[:-keep]:
-        if keep_every and int(path.stem.removeprefix("step-")) % keep_every == 0:
+def _rotate(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
+    """Remove all but the newest up to `step`; what is newer is damaged, and takes nobody's place."""
+    found = {path: path.stem.removeprefix("step-") for path in folder.glob("step-*.pt")}
+    steps = {path: int(number) for path, number in found.items() if number.isdecimal()}
+    for path in sorted(path for path, of in steps.items() if of <= step)[:-keep]:
+        if keep_every and steps[path] % keep_every == 0:
             continue
         path.unlink(missing_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)

@@ -94,6 +94,7 @@ class CheckpointWriter:
     def _all_copied(self, begun: dict[str, Any], ready: torch.cuda.Event | None) -> dict[str, Any]:
         if ready is None:
             return self._copied(begun, "")
+        torch.cuda.set_device(ready.device)  # a new thread is on GPU 0
         with torch.cuda.stream(torch.cuda.Stream(ready.device)):
             torch.cuda.current_stream().wait_event(ready)  # the step before, and the early copies
             payload = self._copied(begun, "")

@@ -18,6 +18,9 @@ from dense_ssl.rng import key_of
 
 _SHUFFLE = 0x5B  # stream of the batch-shuffle permutations
 
+# torch 2.14 has a new name for it, and warns of the old one.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -66,6 +69,8 @@ def _device(name: str, local_rank: int) -> torch.device:
             f"run.device: {name} asked for, but torch sees no CUDA GPU; use cpu or auto"
         )
     index = local_rank if name in ("auto", "cuda") else torch.device(name).index or 0
+    if name not in ("auto", "cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise UserError(f"run.device: {name} is one GPU for several ranks; use cuda, or GPUS=1")
     if index >= torch.cuda.device_count():
         raise UserError(
             f"run.device: rank needs cuda:{index}, torch sees {torch.cuda.device_count()} GPU(s); "
@@ -97,8 +102,36 @@ def all_gather(x: Tensor) -> Tensor:
         return x
     x = x.contiguous()
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x)
+    _gather(out, x)
     return out
+
+
+def exchanged(x: Tensor, wanted: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all ranks' x [B, ...] that this rank wants, [B, ...]. No gradient.
+
+    wanted: what each rank wants, int64 [B] on the host, of all ranks' rows in rank order; every row is wanted
+        once. Of G ranks each sends what the others want, 1 / G of what `all_gather` would move.
+    """
+    own, rows = rank(), len(x)
+    to_give = [w[w // rows == own] - own * rows for w in wanted]
+    given = x[torch.cat(to_give).to(x.device, non_blocking=True)]
+    if len(wanted) == 1:
+        return given
+    owners = wanted[own] // rows
+    got = torch.empty_like(given)
+    counts = torch.bincount(owners, minlength=len(wanted)).tolist()
+    dist.all_to_all_single(got, given, counts, [len(w) for w in to_give])
+    places = torch.argsort(
+        torch.argsort(owners, stable=True)
+    )  # they come in the order of their owners
+    return got[places.to(x.device, non_blocking=True)]
+
+
+def _rounded(images: Tensor) -> Tensor:
+    """Return images as the first layer will take them: where it is autocast, half the bytes to be sent."""
+    kind = images.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    return images.to(torch.get_autocast_dtype(kind)) if autocast else images
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -110,8 +143,13 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x / world_size()
 
 
+def any_rank(flag: bool, world: World) -> bool:
+    """Return whether the flag of any rank is up."""
+    return bool(largest(int(flag), world))
+
+
 def largest(number: int, world: World) -> int:
-    """Return the largest of all ranks' numbers."""
+    """Return the largest of all ranks' numbers; it goes from host to host, past the GPUs."""
     if world.size == 1:
         return number
     x = torch.tensor([number], dtype=torch.int64)
@@ -149,10 +187,10 @@ class BatchShuffle:
             total = images.shape[0] * self._ranks
             generator = torch.Generator().manual_seed(int(key_of(seed, _SHUFFLE, step, micro) >> 1))
             # Drawn alike on every rank from the same key: no broadcast needed.
-            perm = torch.randperm(total, generator=generator).to(images.device, non_blocking=True)
-            self._inverse = unshuffle_indices(perm, self._ranks)[self._rank]
-            mine = shuffle_indices(perm, self._ranks)[self._rank]
-            self.images = all_gather(images)[mine]
+            perm = torch.randperm(total, generator=generator)
+            inverse = unshuffle_indices(perm, self._ranks)[self._rank]
+            self._inverse = inverse.to(images.device, non_blocking=True)
+            self.images = exchanged(_rounded(images), shuffle_indices(perm, self._ranks))
 
     def __enter__(self) -> "BatchShuffle":
         return self
@@ -170,38 +208,6 @@ class BatchShuffle:
         if not self._active:
             return encoded
         return tuple(all_gather(x)[self._inverse] for x in encoded)
-
-
-class Agreement:
-    """Whether any rank has raised its flag, learned one step late and without stopping anybody.
-
-    Every rank calls `ask` once per step; the reduction runs behind the step and is read at the next.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._flag = torch.zeros(1, dtype=torch.int32)
-        self._pending: dist.Work | None = None
-
-    def ask(self, flag: bool) -> bool:
-        """Return whether any rank's flag was up at the previous call (at once on one rank)."""
-        if self._world.size == 1:
-            return flag
-        agreed = False
-        if self._pending is not None:
-            self._pending.wait()
-            agreed = bool(self._flag.item())
-        self._flag = torch.tensor([int(flag)], dtype=torch.int32)
-        self._pending = dist.all_reduce(
-            self._flag, op=dist.ReduceOp.MAX, group=self._world.flags, async_op=True
-        )
-        return agreed
-
-    def settle(self) -> None:
-        """Wait for the reduction under way, so that no rank leaves another waiting."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
 
 
 def cat_carries(tensors: Sequence[Tensor]) -> Tensor:

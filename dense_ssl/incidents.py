@@ -123,7 +123,8 @@ class StepGuard:
     def _payload(self, step: Step, epoch: int) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "config": self._config.model_dump(mode="json"),
+            "config": self._config.model_dump(mode="json")
+            | {"method": self._method.config.model_dump(mode="json")},
             "step": {
                 "index": step.index, "steps_per_epoch": step.steps_per_epoch,
                 "epochs": step.epochs, "seed": step.seed,

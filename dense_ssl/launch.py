@@ -44,6 +44,16 @@ def launch_ranks(
     return code
 
 
+def code_of(codes: list[int]) -> int:
+    """Return one exit code for those of the ranks that failed; below 0: ended by a signal.
+
+    A rank that fails ends the others, which say "try again" or are killed: its own code counts more.
+    """
+    if 2 in codes:
+        return 2
+    return 1 if any(code > 0 and code != STOPPED for code in codes) else STOPPED
+
+
 def _launched(ranks: int, argv: list[str], nodes: int, rendezvous: str | None) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS  # what older agents read
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -70,8 +80,7 @@ def _launched(ranks: int, argv: list[str], nodes: int, rendezvous: str | None) -
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        return next((code for code in (2, STOPPED) if code in codes), 1)
+        return code_of([failure.exitcode for failure in error.failures.values()])
     except SignalException:
         # The agent has passed the signal on and waited for the ranks, which save before they exit.
         return STOPPED

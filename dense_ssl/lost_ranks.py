@@ -36,14 +36,17 @@ def named(world: World, grace_s: float = GRACE_S) -> Iterator[None]:
         if world.size > 1:
             _sign(world, str(error))
         raise
-    except RuntimeError as error:
-        if world.size == 1 or not _of_a_lost_rank(error):
-            raise
-        said = _signed(world, grace_s)
-        raise GaveUp(_sentence(world, said, error)) from None
+    except Exception as error:
+        if world.size > 1 and _of_a_lost_rank(error):
+            said = _signed(world, grace_s)
+            raise GaveUp(_sentence(world, said, error)) from None
+        if world.size > 1:
+            first_line = (str(error).splitlines() or [""])[0][:200]
+            _sign(world, f"rank {world.rank} has failed: {type(error).__name__}: {first_line}")
+        raise
 
 
-def _sentence(world: World, said: dict[int, str], error: RuntimeError) -> str:
+def _sentence(world: World, said: dict[int, str], error: Exception) -> str:
     """Return what another rank has said, or which of them have said nothing."""
     spoken = [text for text in said.values() if text != HERE]
     if spoken:
@@ -62,8 +65,9 @@ def _sentence(world: World, said: dict[int, str], error: RuntimeError) -> str:
     )
 
 
-def _of_a_lost_rank(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in _SAID)
+def _of_a_lost_rank(error: Exception) -> bool:
+    said = isinstance(error, RuntimeError) and any(word in str(error) for word in _SAID)
+    return said or isinstance(error, dist.DistError)
 
 
 def _sign(world: World, text: str) -> None:

@@ -12,9 +12,9 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,6 +26,7 @@ from dense_ssl.distributed import World, largest
 from dense_ssl.events import note
 from dense_ssl.log import StepClock
 from dense_ssl.run_config import RunConfig
+from dense_ssl.shares import groups_of
 from dense_ssl.views import ViewSpec
 
 logger = logging.getLogger("dense_ssl")
@@ -41,9 +42,12 @@ class MicroBatches:
         parts: pieces that each batch of the loader is cut into.
     """
 
-    def __init__(self, config: RunConfig, micro_batch: int, world: World) -> None:
+    def __init__(
+        self, config: RunConfig, micro_batch: int, world: World, bn_images: int | None = None
+    ) -> None:
         self.parts = 1
         self._config, self._micro_batch, self._world = config, micro_batch, world
+        self._bn_images = bn_images  # what the recipe asks for, if it does
         self._given: list[MultiCropBatch] = []  # by the loader, for this step
 
     @property
@@ -56,12 +60,15 @@ class MicroBatches:
         """Images of a micro-batch."""
         return self._micro_batch // self.parts
 
-    def resume(self, images: int | None) -> None:
-        """Go on with as many images at a time as before, but no more than the configuration asks for."""
-        fewest = -(-self._micro_batch // (images or self._micro_batch))
-        self.parts = next(
-            n for n in range(fewest, fewest + self._micro_batch) if self._micro_batch % n == 0
-        )
+    @property
+    def bn_groups(self) -> int:
+        """BatchNorm groups of a micro-batch: of as many images as the recipe says, where it does."""
+        return self._groups_of(self.images)
+
+    def _groups_of(self, images: int) -> int:
+        if self._bn_images is None:
+            return self._config.method.backbone.bn_groups
+        return groups_of(images, self._bn_images)
 
     def begin(self) -> None:
         """Forget the last step."""
@@ -107,19 +114,23 @@ class MicroBatches:
 
     def _may_be(self, size: int) -> bool:
         """Return whether micro-batches may be of `size` images."""
-        method = self._config.method
-        groups = method.backbone.bn_groups
+        groups = self._groups_of(size)
         return (
             size * 2 * self.parts == self._micro_batch
             and size % groups == 0
             and size // groups > 1  # BatchNorm needs two of them
-            and all(int(view.part * size) >= 1 for view in method.views)
+            and all(int(view.part * size) >= 1 for view in self._config.method.views)
         )
 
 
-def limited(config: RunConfig, world: World) -> RunConfig:
-    """Return the configuration with `train.micro_batch` as small as its run has been brought to."""
-    limits = [limit for limit in (config.train.micro_batch, noted(config)) if limit is not None]
+def limited(config: RunConfig, world: World, saved: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return the configuration with `train.micro_batch` as small as its run has been brought to.
+
+    `saved`, the run's checkpoint, says how many images a rank took at a time.
+    """
+    before = (saved or {}).get("micro_batch")
+    known = (config.train.micro_batch, noted(config), before)
+    limits = [n for n in known if isinstance(n, int) and n > 0]
     # The same on all ranks, whatever their file system shows them: the smallest.
     least = -largest(-min(limits, default=_NO_LIMIT), world)
     if least == _NO_LIMIT:

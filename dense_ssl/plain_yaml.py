@@ -11,6 +11,7 @@ import yaml
 
 MOST_BYTES = 1 << 20  # a recipe has 3 kB
 MOST_VALUES = 50_000  # with every alias written out
+_BOOL = "tag:yaml.org,2002:bool"
 
 
 class NotPlain(ValueError):
@@ -36,7 +37,12 @@ def parse(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader without merge keys."""
+    """Safe, without merge keys; on, off, yes and no are words, as in YAML 1.2: `watch.on` is a key."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        letter: [(tag, words) for tag, words in found if tag != _BOOL or letter in "tTfF"]
+        for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Refuse what would have to be merged."""

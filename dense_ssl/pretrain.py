@@ -27,7 +27,7 @@ from dense_ssl import checkpoint, events
 from dense_ssl.augment import POLICIES, Photometry
 from dense_ssl.checkpoint_writer import CheckpointWriter
 from dense_ssl.config import GaveUp, UserError, dump, load
-from dense_ssl.distributed import Agreement, World, close_world, init_world, mean_over_ranks
+from dense_ssl.distributed import World, any_rank, close_world, init_world, mean_over_ranks
 from dense_ssl.incidents import StepGuard
 from dense_ssl.launch import launch_ranks
 from dense_ssl.loaders import Loader, make_loader, open_source
@@ -38,12 +38,17 @@ from dense_ssl.lost_ranks import named
 from dense_ssl.methods import Method, Step, make_method, warn_of_own_keys
 from dense_ssl.micro_batches import MicroBatches, explain, free_memory, limited
 from dense_ssl.optim import apply_schedules, clip_gradients, freeze, make_optimizer
-from dense_ssl.rng import key_of
 from dense_ssl.run_config import RunConfig, RunSection, recipe_path, with_defaults
-from dense_ssl.rundir import check_same_run, claimed, data_fingerprint, restore
+from dense_ssl.rundir import (
+    check_same_run,
+    check_same_start,
+    claimed,
+    data_fingerprint,
+    restore,
+)
 from dense_ssl.shares import shared
 from dense_ssl.signals import StopRequest
-from dense_ssl.step_context import autocast, seed_noise
+from dense_ssl.step_context import autocast, seed_everything, seed_noise
 from dense_ssl.watch.watcher import Watcher
 from dense_ssl.weights.fingerprint import weights_sha256
 from dense_ssl.weights.pretrained import start_from
@@ -96,9 +101,9 @@ def train(config: RunConfig) -> int:
     world = init_world(config.run.device, 2 * timedelta(minutes=config.run.stall_minutes))
     launch.choose(config.run.kernels, world.device)
     try:
-        with StopRequest() as stop, claimed(Path(config.run.dir), world.rank), named(world):
+        with StopRequest() as stop, named(world), claimed(Path(config.run.dir), world.rank):
             try:
-                return _train(config, shared(limited(config, world), world.size), world, stop)
+                return _train(config, world, stop)
             except GaveUp:
                 raise
             except UserError as error:
@@ -113,10 +118,12 @@ def train(config: RunConfig) -> int:
         close_world(world)
 
 
-def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest) -> int:
-    """Train `config`, which is `recipe` on so many ranks: only the recipe is stored with the run."""
+def _train(recipe: RunConfig, world: World, stop: StopRequest) -> int:
+    """Train `recipe` on this rank; what follows from the number of ranks is not stored with the run."""
+    folder = Path(recipe.run.dir)
+    saved = checkpoint.load_newest(folder / "checkpoints")
+    config = shared(limited(recipe, world, saved), world.size)
     train_cfg, run_cfg = config.train, config.run
-    folder = Path(run_cfg.dir)
 
     # --- data: source, order, plan and loader ----------------------------------------------------
     source = open_source(config.data)
@@ -137,7 +144,7 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
         )
 
     # --- method and optimiser ----------------------------------------------------------------------
-    _seed_everything(train_cfg.seed, run_cfg.deterministic)
+    seed_everything(train_cfg.seed, run_cfg.deterministic)
     warn_of_own_keys(config.method, order.num_images)
     method = make_method(config.method).to(world.device)
     method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -146,19 +153,20 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
     optimizer = make_optimizer(method.param_groups(), config.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=train_cfg.precision == "fp16")
     meter = Meter(world.device)
-    micro_batches = MicroBatches(config, order.micro_batch, world)
+    micro_batches = MicroBatches(config, order.micro_batch, world, recipe.method.backbone.bn_images)
 
     # --- resume ------------------------------------------------------------------------------------
     fingerprint = data_fingerprint(source.sizes)
-    saved = checkpoint.load_newest(folder / "checkpoints")
+    asked = recipe.model_dump(mode="json")
     done = 0
     if saved is not None:
         saved["config"] = with_defaults(saved["config"])
-        check_same_run(saved, recipe.model_dump(mode="json"), fingerprint)
+        check_same_run(saved, asked, fingerprint)
         done = int(saved["step"])
+    check_same_start(asked, done, fingerprint, world)
+    if saved is not None:
         loads = {"method": method, "optimizer": optimizer, "scaler": scaler, "meter": meter}
         restore(saved, run_cfg.dir, {name: part.load_state_dict for name, part in loads.items()})
-        micro_batches.resume(saved.get("micro_batch"))
         del saved
     elif train_cfg.init is not None:
         start_from(train_cfg.init, method, config.method.name)
@@ -184,7 +192,7 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
             payload = {
                 "step": step,
                 "epoch": step / order.steps_per_epoch,
-                "config": recipe.model_dump(mode="json"),
+                "config": asked,
                 "data": fingerprint,
                 "method": method.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -216,7 +224,6 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
 
     # --- loop --------------------------------------------------------------------------------------
     loader = make_loader(config.data, views, order, world.device, source)
-    agreement = Agreement(world)
     clock = StepClock()
     guard = StepGuard(method, config, world.rank)
     saved_at = done
@@ -238,9 +245,12 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
                         micro_batches.halve(error)
                     if made is None:  # once more, in smaller pieces
                         optimizer.zero_grad(set_to_none=True)
+                        method.regroup(micro_batches.bn_groups)
                         guard.undo()
                         free_memory()
                 carries, losses = made
+                # Before anything waits for the GPU: hosts hear of a lost rank, NCCL only waits for it.
+                stopping = any_rank(stop.requested, world)
                 values = apply_schedules(optimizer, config.optim, step, train_cfg.batch_size)
                 scaler.unscale_(optimizer)
                 if guard.accepts(scaler):
@@ -278,14 +288,12 @@ def _train(recipe: RunConfig, config: RunConfig, world: World, stop: StopRequest
                         )
                 if watcher is not None:
                     watcher.look(at(done), last_step, clock)
-                stopping = agreement.ask(stop.requested)
                 if done % run_cfg.checkpoint_every_steps == 0 or stopping or done == last_step:
                     save(done)
                     saved_at = done
             if stopping:
                 break
         writer.wait()
-        agreement.settle()
     finally:
         writer.close()
         loader.close()
@@ -339,17 +347,6 @@ def _no_sync_before_last(trained: nn.Module, micro: int, accumulate: int) -> Any
     if isinstance(trained, DistributedDataParallel) and micro < accumulate - 1:
         return trained.no_sync()
     return contextlib.nullcontext()
-
-
-def _seed_everything(seed: int, deterministic: bool) -> None:
-    """Initialise all ranks alike; what is random later is keyed by step, rank or image."""
-    torch.manual_seed(int(key_of(seed) >> 1))
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cuda.matmul.allow_tf32 = not deterministic
-    torch.backends.cudnn.allow_tf32 = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def _check_photometry(method: Method, config: RunConfig) -> None:

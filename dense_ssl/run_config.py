@@ -32,7 +32,7 @@ class RunSection(Config):
     """Where and how it runs. Changes results by rounding at most."""
 
     dir: str
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")] = "auto"
     kernels: launch.Choice = "auto"  # Triton on CUDA, torch elsewhere; or one of them everywhere
     compile: bool = False  # torch.compile the backbone
     checkpoint_gradients: bool = False  # recompute activations: less memory, more time

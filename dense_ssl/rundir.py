@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dense_ssl.config import UserError
+from dense_ssl.distributed import World, largest
 
 
 @contextlib.contextmanager
@@ -41,6 +43,35 @@ def data_fingerprint(sizes: np.ndarray) -> dict[str, Any]:
     """Return what tells one data set from another, wherever it lies."""
     digest = hashlib.sha256(sizes.tobytes()).hexdigest()
     return {"images": len(sizes), "sizes_sha256": digest}
+
+
+def check_same_start(
+    config: Mapping[str, Any], step: int, fingerprint: Mapping[str, Any], world: World
+) -> None:
+    """Refuse to train where ranks would start from different checkpoints, data or recipes.
+
+    Each reads its own files, and on several machines they may differ: the ranks would go through different
+    steps together, and nothing would say so.
+
+    Raises:
+        UserError: on every rank, naming what differs.
+    """
+    folder, path = config["run"]["dir"], config["data"]["path"]
+    recipe = {k: v for k, v in _flatten(config).items() if not k.startswith(MAY_CHANGE)}
+    one = "a shared file system, or the same copy on every machine"
+    for number, sentence in (
+        (step, f"{folder}: ranks find checkpoints of different steps in it, {{}} to {{}}: {one}"),
+        (_number(fingerprint), f"{path}: ranks find different images there: {one}"),
+        (_number(recipe), "the ranks have different recipes: give all machines the same command"),
+    ):
+        least, most = -largest(-number, world), largest(number, world)
+        if least != most:
+            raise UserError(sentence.format(least, most))
+
+
+def _number(value: Mapping[str, Any]) -> int:
+    """Return a number that stands for plain values, of 60 bits."""
+    return int(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:15], 16)
 
 
 MAY_CHANGE = (

@@ -1,6 +1,7 @@
 """What surrounds the forward pass of a step, in training and wherever a step is repeated."""
 
 import contextlib
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,17 @@ from dense_ssl.rng import key_of
 from dense_ssl.schedule import Step
 
 _NOISE = 0x57  # stream of torch's own generator (drop path)
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Initialise all ranks alike; what is random later is keyed by step, rank or image."""
+    torch.manual_seed(int(key_of(seed) >> 1))
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def seed_noise(step: Step, rank: int) -> None:

@@ -36,6 +36,16 @@ def test_rotation_keeps_the_newest_and_the_marked(tmp_path):
     }
 
 
+def test_a_damaged_newer_one_takes_no_place_in_the_rotation(tmp_path):
+    for step in (10, 19):
+        checkpoint.save(tmp_path, payload(step), keep=1, keep_every=10)
+    (tmp_path / "step-00000019.pt").write_bytes(b"x")
+    for step in (11, 12):  # from 10 on
+        checkpoint.save(tmp_path, payload(step), keep=1, keep_every=10)
+    assert (tmp_path / "last.pt").is_file()
+    assert checkpoint.load_newest(tmp_path)["step"] == 12
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "no_record", "empty"])
 def test_a_damaged_newest_is_passed_over_for_the_one_before(tmp_path, damage, caplog):
     checkpoint.save(tmp_path, payload(1), keep=3)

@@ -97,6 +97,15 @@ def test_text_that_yaml_leaves_as_text_becomes_the_float_it_says():
     assert config.optim.lr.start == 0.001
 
 
+def test_on_is_a_key_of_a_recipe_and_a_word_for_true(tmp_path):
+    path = tmp_path / "a.yaml"
+    text = "data: {path: a}\nrun: {dir: b, compile: yes}\nmethod: {name: moco}\n"
+    path.write_text(text + "watch: {on: off}\n")
+    config = load(RunConfig, path)
+    assert config.run.compile
+    assert not config.watch.on
+
+
 def test_configurations_are_frozen_and_closed():
     class Small(Config):
         size: int = 3

@@ -130,6 +130,14 @@ def test_several_machines_need_to_know_where_they_meet(capsys):
     assert "--rendezvous HOST:PORT" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("codes", "want"),
+    [([75], 75), ([-9, 75], 75), ([-9, -15], 75), ([75, 2], 2), ([1, 75, -9], 1), ([1, 2], 2)],
+)
+def test_a_failure_counts_more_than_the_ranks_it_ends(codes, want):
+    assert launch.code_of(codes) == want
+
+
 def test_the_agent_is_told_of_all_machines(tmp_path, monkeypatch):
     seen = []
     given = [f"run.dir={tmp_path}", "data.path=x"]

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -48,6 +49,16 @@ def test_other_errors_pass():
     for world, text in ((ONE_OF_TWO, "size mismatch"), (ALONE, "Connection closed by peer")):
         with pytest.raises(RuntimeError, match=text), named(world):
             raise RuntimeError(text)
+
+
+def test_a_rank_that_fails_says_so_to_the_others(monkeypatch):
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    with pytest.raises(LookupError), named(replace(ONE_OF_TWO, rank=1)):
+        raise LookupError("no such key")
+    said = "rank 1 has failed: LookupError: no such key"
+    with pytest.raises(GaveUp, match=said), named(ONE_OF_TWO, grace_s=0.0):
+        raise RuntimeError("Connection closed by peer")
 
 
 def test_without_the_list_it_says_who_has_lost_the_others():

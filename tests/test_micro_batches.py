@@ -9,7 +9,7 @@ import yaml
 
 from dataprep.synthetic import write_random_images
 from dense_ssl import pretrain
-from dense_ssl.config import GaveUp, validate
+from dense_ssl.config import GaveUp, UserError, validate
 from dense_ssl.crops import MultiCropBatch
 from dense_ssl.distributed import World
 from dense_ssl.loaders import DataConfig, make_loader
@@ -29,7 +29,7 @@ RECIPE = """
 method:
   name: moco
   views: [{{name: global, count: 2, size: 32, photometric: moco_v2}}]
-  backbone: {{name: test_resnet, init: fan_in, bn_groups: 2}}
+  backbone: {{name: test_resnet, init: fan_in, bn_images: 2}}
   hidden_dim: 16
   out_dim: 8
   queue_length: 16
@@ -128,9 +128,26 @@ def test_what_cannot_be_halved_is_refused_in_one_sentence(recipe, room, tmp_path
     assert len(sentence) == 1
     assert "CUDA out of memory: take run.checkpoint_gradients=true or a smaller" in sentence[0]
     assert "Traceback" not in err
-    assert err.count("from here on") == 1  # four images; of two, BatchNorm's groups would be single
+    assert err.count("from here on") == 2  # four images, two; one is no batch for BatchNorm
     room(1000, since=0)
     assert run(capsys, recipe("small"))[0] == 0  # nothing was lost
+
+
+@pytest.mark.parametrize(("bn_images", "groups"), [(2, [4, 2, 1]), (None, [2, 2])])
+def test_halves_are_in_groups_of_as_many_images_as_asked(images, tmp_path, bn_images, groups):
+    text = RECIPE.format(images=images, run=tmp_path)
+    alone = World(rank=0, size=1, device=torch.device("cpu"), flags=None)
+    config = shared(validate(RunConfig, yaml.safe_load(text), "test"), ranks=1)
+    backbone = config.method.backbone.model_copy(update={"bn_groups": groups[0]})
+    method = config.method.model_copy(update={"backbone": backbone})
+    config = config.model_copy(update={"method": method})
+    micro_batches = MicroBatches(config, 8, alone, bn_images)
+    found = [micro_batches.bn_groups]
+    with pytest.raises(UserError):
+        while True:
+            micro_batches.halve(torch.OutOfMemoryError("CUDA out of memory."))
+            found.append(micro_batches.bn_groups)
+    assert found == groups
 
 
 def test_several_ranks_leave_a_note_for_the_next_start(images, tmp_path):

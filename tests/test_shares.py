@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dataprep.synthetic import write_random_images
 from dense_ssl import pretrain
 from dense_ssl.config import UserError, load
+from dense_ssl.distributed import World
 from dense_ssl.loaders.order import Order
+from dense_ssl.micro_batches import limited
 from dense_ssl.run_config import RunConfig, TrainConfig
 from dense_ssl.shares import groups_of, passes, shared
 
@@ -76,6 +79,15 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_as_ever():
 )
 def test_groups_are_equal_and_no_smaller_than_asked(images, wanted, want):
     assert groups_of(images, wanted) == want
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_on_fewer_gpus_a_pass_and_its_groups_stay_as_they_were(ranks):
+    given = load(RunConfig, Path("configs/densecl.yaml"), ("data.path=x", "run.dir=y"))
+    alone = World(rank=0, size=1, device=torch.device("cpu"), flags=None)
+    config = shared(limited(given, alone, {"micro_batch": 32}), ranks)  # of eight
+    order = Order(10_000, config.train.batch_size, ranks, accumulate=config.train.accumulate)
+    assert (order.micro_batch, config.method.backbone.bn_groups) == (32, 1)
 
 
 def test_groups_and_their_images_cannot_both_be_given():

@@ -130,6 +130,13 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(outputs)
 
 
+def regroup(module: nn.Module, groups: int) -> None:
+    """Take statistics over so many groups from now on, where they are taken over groups."""
+    for layer in module.modules():
+        if isinstance(layer, GroupedBatchNorm2d):
+            layer.groups = groups
+
+
 def _group_batch_norms(module: nn.Module, groups: int) -> None:
     """Replace every BatchNorm below `module`; names, weights and buffers stay."""
     for name, child in module.named_children():

@@ -33,6 +33,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of names that Python has deprecated since
     from ffcv.libffcv import imdecode
     from ffcv.loader import Loader as StockLoader
+    from ffcv.loader import epoch_iterator
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_managers import OSCacheManager
     from ffcv.pipeline import PipelineSpec
@@ -41,6 +42,9 @@ with warnings.catch_warnings():
     from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.state import State
 torch.set_num_threads(_torch_threads)  # FFCV's import sets it to 1
+# Nothing that FFCV does here is for a GPU, but its thread would make streams and events on GPU 0, and so
+# leave a CUDA context of every rank in that card's memory.
+epoch_iterator.IS_CUDA = False
 if nb.config.THREADING_LAYER == "default":  # pyright: ignore[reportAttributeAccessIssue]
     # numba's last resort, "workqueue", ends the process when two loaders run at a time.
     nb.config.THREADING_LAYER = "threadsafe"  # pyright: ignore[reportAttributeAccessIssue]

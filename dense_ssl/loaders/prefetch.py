@@ -103,8 +103,11 @@ class Prefetcher:
 
     def _run(self) -> None:
         try:
-            cuda = self._device.type == "cuda"
-            stream = torch.cuda.Stream(self._device) if cuda else None
+            stream = None
+            if self._device.type == "cuda":
+                # A new thread is on GPU 0: what it calls would leave a context there for every rank.
+                torch.cuda.set_device(self._device)
+                stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(stream) if stream is not None else nullcontext():
                 for batch in self._batches:
                     if self._closing.is_set():

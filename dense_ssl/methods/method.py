@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dense_ssl.backbones import BackboneConfig
+from dense_ssl.backbones.resnet import regroup
 from dense_ssl.config import Config
 from dense_ssl.crops import MultiCropBatch
 from dense_ssl.schedule import Step
@@ -64,6 +65,7 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     exports: ClassVar[Literal["student", "teacher"]]
     uses_boxes: ClassVar[bool] = False  # then no photometric policy may move a pixel
+    config: Any  # of the type `Config`
     student: nn.ModuleDict  # trained; student["backbone"] is what evaluation may load
     teacher: nn.ModuleDict  # same names, no gradient, moved by `after_step`
 
@@ -74,6 +76,12 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def after_step(self, carries: Sequence[Any], step: Step) -> None:
         """Move teacher, queues and centres after the optimiser step; one carry per micro-batch."""
+
+    def regroup(self, bn_groups: int) -> None:
+        """Take BatchNorm's statistics over so many groups of a micro-batch from now on."""
+        backbone = self.config.backbone.model_copy(update={"bn_groups": bn_groups})
+        self.config = self.config.model_copy(update={"backbone": backbone})
+        regroup(self, bn_groups)
 
     def param_groups(self) -> list[ParamGroup]:
         """Return every trained parameter in one group each; by default biases and norms do not decay."""
