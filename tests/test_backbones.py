@@ -97,6 +97,35 @@ def test_vit_two_phases_equal_timm(size):
     assert features.grid == (size[0] // 16, size[1] // 16)
 
 
+@pytest.mark.parametrize("positions", ["timm", "dino"])
+def test_positions_are_resampled_by_a_product_where_all_must_be_deterministic(positions):
+    """On CUDA the backward pass of an interpolation refuses to be; that of a product is."""
+    vit = backbone(name="test_vit", init="dino", positions=positions, class_tokens=2)
+    patches = torch.rand(2, 4, 4, vit.dim)
+
+    def placed():
+        vit.zero_grad()
+        tokens = vit.place(patches)
+        names, waiting = set(), [tokens.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            names.add(node.name())
+            waiting += [parent for parent, _ in node.next_functions if parent is not None]
+        tokens.square().sum().backward()
+        return tokens.detach(), vit.trunk.pos_embed.grad.clone(), names
+
+    wanted, gradient, names = placed()
+    assert any("Upsample" in name for name in names)
+    torch.use_deterministic_algorithms(True)
+    try:
+        got, own_gradient, own_names = placed()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not any("Upsample" in name for name in own_names)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(own_gradient, gradient)
+
+
 def test_vit_positions_as_dino_resamples_them():
     timm_, dino = (backbone(name="vit_tiny_patch16_224", positions=p) for p in ("timm", "dino"))
     dino.load_state_dict(timm_.state_dict())

@@ -82,7 +82,7 @@ def test_ffcv_reads_it(shards, os_cache):
         labels += np.asarray(label).ravel().tolist()
     torch.set_num_threads(threads)
     assert labels == manifest.labels.tolist()
-    reader = RecordReader(manifest)
+    reader = RecordReader(manifest, "dali")
     for index, got in enumerate(np.concatenate(images)):
         with Image.open(io.BytesIO(reader.read(index))) as reference:
             # FFCV decodes with libjpeg's fast transform

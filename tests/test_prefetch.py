@@ -115,6 +115,32 @@ def test_an_error_of_the_user_closes_it_too():
     assert not prefetch_threads()
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_batch_without_room_waits_for_the_step_to_end(monkeypatch, failures):
+    send, tried, at_work = prefetch._send, [], []
+
+    def short_of_memory(batch, *where):
+        tried.append(batch)
+        if 1 < len(tried) <= 1 + failures:
+            at_work.append(ready._asked.is_set())
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return send(batch, *where)
+
+    monkeypatch.setattr(prefetch, "_send", short_of_memory)
+    with Prefetcher(batches(3), CPU) as ready:
+        assert int(next(ready).index[0]) == 0
+        while len(tried) < 2:  # the step on it runs
+            time.sleep(0.001)
+        if failures == 1:
+            assert [int(batch.index[0]) for batch in ready] == [1, 2]
+        else:
+            with pytest.raises(
+                UserError, match=r"CUDA out of memory\): take a smaller train.micro"
+            ):
+                next(ready)
+            assert at_work[1]  # nothing was left to wait for
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_arrive_on_the_gpu_intact():

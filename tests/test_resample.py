@@ -22,7 +22,7 @@ CANARY = 0xA5
 def resize(image, box, side, filter, flipped=False):
     """One crop by the cutter, [S, S, 3]; checks that nothing is written around it."""
     crops = crop_table([ViewSpec(name="a", count=1, size=side, filter=filter)])
-    memory = layout(*image.shape[:2], crops)
+    memory = layout(np.array([image.shape[:2]]), crops)
     scratch = np.full(memory.total, CANARY, np.uint8)
     scratch[memory.image :][: image.size] = image.ravel()
     guard = 4096
@@ -33,6 +33,15 @@ def resize(image, box, side, filter, flipped=False):
     assert (written[:guard] == CANARY).all()
     assert (written[-guard:] == CANARY).all()
     return written[guard:-guard].reshape(3, side, side).transpose(1, 2, 0)
+
+
+def test_scratch_memory_is_of_the_largest_image():
+    crops = crop_table([ViewSpec(name="a", count=1, size=96)])
+    wide, tall, both = (
+        layout(np.array(sizes, np.int32), crops).total
+        for sizes in ([(200, 30000)], [(30000, 200)], [(200, 30000), (30000, 200)])
+    )
+    assert max(wide, tall) <= both < wide + tall
 
 
 def exactly(image, box, side, filter):
@@ -149,7 +158,7 @@ def test_all_crops_of_a_batch_go_where_they_belong():
     flips = np.zeros(5, bool)
     crops = crop_table(views)
     assert crops[:, 0].tolist() == [0, 1, 4]  # a twin is not cut
-    memory = layout(*image.shape[:2], crops)
+    memory = layout(np.array([image.shape[:2]]), crops)
     scratch = np.zeros(memory.total, np.uint8)
     scratch[memory.image :][: image.size] = image.ravel()
     batch = {

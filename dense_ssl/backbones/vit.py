@@ -60,14 +60,25 @@ class ViTBackbone(Backbone):
     def place(self, patches: Tensor) -> Tensor:
         """Return tokens [B, T + N, D]: class tokens, then patches row-major, positions added."""
         trunk: Any = self.trunk
+        table, first = trunk.pos_embed, trunk.num_prefix_tokens
+        own, grid = tuple(trunk.patch_embed.grid_size), (patches.shape[1], patches.shape[2])
+        # CUDA has no deterministic backward pass of an interpolation, but one of a product.
+        as_product = grid != own and torch.are_deterministic_algorithms_enabled()
         if self.config.positions == "timm":
-            return trunk._pos_embed(patches)
-        table = trunk.pos_embed
-        first = trunk.num_prefix_tokens
-        grid = (patches.shape[1], patches.shape[2])
+            if not as_product or table is None or trunk.no_embed_class:
+                return trunk._pos_embed(patches)
+            resampled = _as_timm
+        else:
+            resampled = interpolate_positions
+        cells = table[:, first:]
+        if as_product:
+            with torch.autocast(patches.device.type, enabled=False):
+                one_hot = torch.eye(cells.shape[1], device=cells.device, dtype=cells.dtype)[None]
+                cells = resampled(one_hot, own, grid) @ cells
+        else:
+            cells = resampled(cells, own, grid)
         prefix = [x for x in (trunk.cls_token, trunk.reg_token) if x is not None]
         prefix = torch.cat(prefix, dim=1) + table[:, :first]
-        cells = interpolate_positions(table[:, first:], tuple(trunk.patch_embed.grid_size), grid)
         placed = patches.flatten(1, 2) + cells
         return trunk.pos_drop(torch.cat([prefix.expand(len(placed), -1, -1), placed], dim=1))
 
@@ -132,6 +143,13 @@ class ViTBackbone(Backbone):
         """Recompute each block in the backward pass."""
         trunk: Any = self.trunk
         trunk.set_grad_checkpointing(True)
+
+
+def _as_timm(table: Tensor, side: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Return positions [1, h * w, D] for a grid (h, w) from a table of another grid, as timm does."""
+    from timm.layers.pos_embed import resample_abs_pos_embed  # see features.create_trunk
+
+    return resample_abs_pos_embed(table, list(grid), list(side), num_prefix_tokens=0)
 
 
 def interpolate_positions(

@@ -32,7 +32,7 @@ def cut_decoded(
         flipped: bool [V, B].
     """
     crops = crop_table(views)
-    memory = layout(int(sizes[:, 0].max()), int(sizes[:, 1].max()), crops)
+    memory = layout(sizes, crops)
     scratch = np.empty(memory.total, np.uint8)
     cut_images = {
         view.name: torch.empty(

@@ -52,7 +52,7 @@ class Cutter:
         self._sizes = np.ascontiguousarray(sizes, np.int32)
         self._crops = crop_table(views)
         self._spare_thread, self._spare_slot = threads, slots  # for `show`
-        memory = layout(int(sizes[:, 0].max()), int(sizes[:, 1].max()), self._crops)
+        memory = layout(self._sizes, self._crops)
         # Pages that no thread touches cost nothing.
         self._scratch = np.empty((threads + 1) * memory.total + _ALIGNMENT, np.uint8)
         self._targets = np.zeros((slots + 1, len(self._crops)), np.int64)

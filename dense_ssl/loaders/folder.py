@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import select
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
@@ -41,10 +42,9 @@ class FolderReader:
         """Yield the records shown, int64 [B], and their pixels, batch by batch."""
         show, replacements = self._show, self._reading.replacements
         workers = self._reading.workers
-        tasks = [[_Record.of(plan, index) for index in batch.tolist()] for batch in order]
         loader = DataLoader(
             show,
-            batch_sampler=tasks,
+            batch_sampler=_Tasks(plan, order),
             num_workers=workers,
             collate_fn=_collate,
             multiprocessing_context=worker_context() if workers else None,
@@ -84,6 +84,21 @@ class _Record(NamedTuple):
     @classmethod
     def of(cls, plan: CropPlan, index: int) -> "_Record":
         return cls(index, plan.boxes[index], plan.flipped[index])
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """The records of an epoch, batch by batch, each made when a worker is free for it."""
+
+    plan: CropPlan
+    order: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[_Record]]:
+        for batch in self.order:
+            yield [_Record.of(self.plan, index) for index in batch.tolist()]
 
 
 class _Show(Dataset):

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dense_ssl.config import GaveUp
+from dense_ssl.config import GaveUp, UserError
 from dense_ssl.crops import Crops, MultiCropBatch
 from dense_ssl.loaders.decoded import SourceBatch
 from dense_ssl.loaders.loader import Batch
@@ -44,6 +44,7 @@ class Prefetcher:
         self._patience_s = patience_s
         self._ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(maxsize=1)
         self._closing = threading.Event()
+        self._asked = threading.Event()  # the user waits for a batch
         self._ended = self._stalled = False
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
@@ -55,6 +56,7 @@ class Prefetcher:
         if self._ended:
             raise StopIteration
         start = time.perf_counter()
+        self._asked.set()
         try:
             item = self._ready.get(timeout=self._patience_s)
         except queue.Empty:
@@ -64,12 +66,18 @@ class Prefetcher:
                 "(run.stall_minutes): its storage, or one of its workers, does not answer; "
                 "the checkpoints are intact, and the same command resumes"
             ) from None
+        self._asked.clear()
         self.wait_s += time.perf_counter() - start
         if isinstance(item, _Ready):
             return item.take()
         self.close()
         if item is None:
             raise StopIteration
+        if isinstance(item, torch.OutOfMemoryError):  # smaller passes make no smaller batches
+            raise UserError(
+                f"no room for the images of a batch ({str(item).split('. ')[0]}): take a smaller "
+                "train.micro_batch, or data.cut=host; the checkpoints are intact"
+            ) from None
         raise item
 
     def __enter__(self) -> Self:
@@ -92,6 +100,7 @@ class Prefetcher:
         if self._stalled:
             return
         self._closing.set()
+        self._asked.set()
         while self._thread.is_alive():
             try:  # room for a thread that waits to hand over a batch
                 self._ready.get_nowait()
@@ -112,10 +121,19 @@ class Prefetcher:
                 for batch in self._batches:
                     if self._closing.is_set():
                         return
-                    self._ready.put(_send(batch, self._device, stream))
+                    self._ready.put(self._sent(batch, stream))
             self._ready.put(None)
         except BaseException as error:  # whatever it is, it belongs to the user's thread
             self._ready.put(error)
+
+    def _sent(self, batch: Batch, stream: torch.cuda.Stream | None) -> "_Ready":
+        """Return the batch on its way; where a step has all the memory, once that step is over."""
+        try:
+            return _send(batch, self._device, stream)
+        except torch.OutOfMemoryError:
+            self._asked.wait()
+        torch.cuda.empty_cache()
+        return _send(batch, self._device, stream)
 
 
 @dataclass(frozen=True)

@@ -58,15 +58,21 @@ class Layout(NamedTuple):
     total: int
 
 
-def layout(height: int, width: int, crops: np.ndarray) -> Layout:
-    """Return the scratch memory for images up to height x width px and these crops (`crop_table`)."""
+def layout(sizes: np.ndarray, crops: np.ndarray) -> Layout:
+    """Return the scratch memory for any image of `sizes`, int [n, 2], and these crops (`crop_table`).
+
+    It is of the largest image, not of the greatest height by the greatest width: a data set may have
+    panoramas of both kinds.
+    """
+    heights, widths = sizes.astype(np.int64).T
     side = int(crops[:, 1].max())
-    reach = max(max(height, width) / int(crops[:, 1].min()), 1.0)
+    reach = max(int(sizes.max()) / int(crops[:, 1].min()), 1.0)
     taps = int(4 * reach) + 3  # bicubic: two source pixels either side, times the reduction
-    lines, wide = _pitch.py_func(height), -(-side // LANES) * LANES
+    pitches = _pitch.py_func(heights)
+    lines, wide = int(pitches.max()), -(-side // LANES) * LANES
     parts = {
-        "image": (height + SLACK) * width * 3 + SLACK,
-        "columns": (3 * width + TILE) * lines + LANES,
+        "image": int(((heights + SLACK) * widths).max()) * 3 + SLACK,
+        "columns": int(((3 * widths + TILE) * pitches).max()) + LANES,
         "tile": TILE * lines,
         "rows": lines * wide,
         "edge": LANES,
