@@ -68,7 +68,7 @@ def layout(sizes: np.ndarray, crops: np.ndarray) -> Layout:
     side = int(crops[:, 1].max())
     reach = max(int(sizes.max()) / int(crops[:, 1].min()), 1.0)
     taps = int(4 * reach) + 3  # bicubic: two source pixels either side, times the reduction
-    pitches = _pitch.py_func(heights)
+    pitches = np.asarray(_pitch.py_func(heights))
     lines, wide = int(pitches.max()), -(-side // LANES) * LANES
     parts = {
         "image": int(((heights + SLACK) * widths).max()) * 3 + SLACK,
