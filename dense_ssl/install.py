@@ -1,11 +1,11 @@
 """`make setup`: the whole environment, once. Standard library only, run by the system's Python.
 
-    python3 dense_ssl/install.py [--minimal] [--venv .venv] [--stamp FILE]
+    python3 dense_ssl/install.py [--minimal] [--venv .venv]
 
 Creates the virtual environment and installs the pinned packages. DALI comes as a wheel; FFCV is built from
 source against OpenCV and libjpeg-turbo, whose development packages apt brings where it may (10 MB);
 elsewhere the one command to run is printed and everything but FFCV is installed. Run again, it does
-nothing unless the pins have changed.
+nothing unless the pins have changed, or the libraries that FFCV lacked are there.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LACKING = "its libraries are missing"
 APT = ["libopencv-core-dev", "libopencv-imgproc-dev", "libturbojpeg0-dev", "pkg-config"]
 
 
@@ -32,7 +33,8 @@ def main() -> int:
                        "make setup PYTHON=python3.11")  # fmt: skip
     stamp = args.venv / "setup.stamp"
     wanted = _fingerprint(args.minimal)
-    if stamp.exists() and stamp.read_text().split()[0] == wanted:
+    before = stamp.read_text() if stamp.exists() else ""
+    if before.startswith(wanted) and not (LACKING in before and _has_libraries()):
         return 0
     start = time.monotonic()
     python = args.venv / "bin" / "python"
@@ -58,8 +60,7 @@ def main() -> int:
         if problem:
             _say(f"FFCV is left out: {problem}")
             _say("everything else works; data.loader=dali or folder read the same shards")
-    if not note.startswith("no FFCV"):  # without FFCV the next `make setup` tries it again
-        stamp.write_text(f"{wanted} {note}\n")
+    stamp.write_text(f"{wanted} {note}\n")
     _say(f"done in {time.monotonic() - start:.0f} s ({note})")
     return 0
 
@@ -81,12 +82,15 @@ def _install_ffcv(python: Path, venv: Path) -> str | None:
             subprocess.call([*prefix, "apt-get", "update", "-qq"], **quiet)
             subprocess.call([*prefix, *command.split(), "-qq"], **quiet)
         if not _has_libraries():
-            return f"its libraries are missing; run `sudo {command}` and then `make setup`"
+            return f"{LACKING}; run `sudo {command}` and then `make setup`"
     _say("building FFCV ...")
     folder = _opencv_shim(venv)
     paths = os.pathsep.join(filter(None, [str(folder), os.environ.get("PKG_CONFIG_PATH")]))
     if _pip(python, "ffcv", env={**os.environ, "PKG_CONFIG_PATH": paths}) != 0:
-        return "its build failed (pip's message is above); it needs g++ and Python's headers"
+        return (
+            "its build failed (pip's message is above); it needs g++ and Python's headers; then delete "
+            f"{venv / 'setup.stamp'} and run `make setup`"
+        )
     return None
 
 
