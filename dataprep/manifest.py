@@ -162,8 +162,16 @@ class RecordReader:
                 f"{manifest.root}: its index points outside its files; convert it again"
             )
         self._paths, self._offsets, self._lengths, self._owner = paths, offsets, lengths, owner
-        self._files = [os.open(path, os.O_RDONLY) for path in paths]
+        self._files: list[int] = []
         self.close = weakref.finalize(self, _close_all, self._files)
+        try:
+            self._files.extend(os.open(path, os.O_RDONLY) for path in paths)
+        except OSError as error:
+            self.close()
+            raise DataError(
+                f"{manifest.root}: its {len(paths)} files cannot be opened together ({error.strerror}); "
+                "where they are too many raise `ulimit -n`, or convert with a larger --shard-mib"
+            ) from None
 
     def __len__(self) -> int:
         return len(self._offsets)

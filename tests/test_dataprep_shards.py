@@ -1,7 +1,9 @@
 """What a shard set holds: the same records in every format, for everybody's readers, and verified."""
 
 import io
+import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -130,6 +132,23 @@ def test_webdataset_reads_it(shards):
     assert [int(sample["__key__"]) for sample in samples] == list(range(manifest.num_images))
     assert [int(sample["cls"]) for sample in samples] == manifest.labels.tolist()
     assert [sample["jpg"] for sample in samples] == [reader.read(i) for i in range(len(samples))]
+
+
+def test_more_shards_than_may_be_open_are_one_sentence(shards):
+    manifest = Manifest.load(shards)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 2, hard))  # two more at most
+    try:
+        assert len(manifest.shards) > 2
+        with pytest.raises(DataError, match=r"Too many open files.*ulimit -n"):
+            RecordReader(manifest, "dali")
+        again = os.open(os.devnull, os.O_RDONLY)
+        os.close(again)
+        assert again == lowest  # those that were opened are closed
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_pages_of_ffcv_hold_whole_records():

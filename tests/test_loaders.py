@@ -519,7 +519,11 @@ def test_ffcv_needs_ffcvs_format(tmp_path):
 @pytest.mark.ffcv
 @pytest.mark.parametrize(
     ("at", "message"),
-    [(0, "FFCV cannot open it"), (2107, "not that of the shard set"), (-16, "table of records")],
+    [
+        (0, "not an FFCV file of version 2 .*convert it again"),
+        (2107, "not that of the shard set.*make verify"),
+        (-16, "table of records.*make verify"),
+    ],
 )
 def test_a_damaged_ffcv_file_is_named(shards, tmp_path, at, message):
     available("ffcv")
@@ -529,7 +533,7 @@ def test_a_damaged_ffcv_file_is_named(shards, tmp_path, at, message):
     data = bytearray(beton.read_bytes())
     data[at] ^= 0x10
     beton.write_bytes(data)
-    with pytest.raises(UserError, match=f"images.beton: .*{message}.*make verify"):
+    with pytest.raises(UserError, match=f"images.beton: .*{message}"):
         load("ffcv", out)
 
 

@@ -81,30 +81,37 @@ class FolderSource:
     """
 
     def __init__(self, root: Path) -> None:
-        candidates = sorted(_images_below(root))
+        candidates = sorted(_images_below(root), key=lambda name: name.split("/"))
         if not candidates:
             raise UserError(f"{root}: no image below this folder ({', '.join(sorted(SUFFIXES))})")
         with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-            sizes = list(pool.map(upright_size, candidates))
-        self.paths = [path for path, size in zip(candidates, sizes) if size is not None]
-        refused = [path for path, size in zip(candidates, sizes) if size is None]
+            sizes = list(pool.map(lambda name: upright_size(root / name), candidates))
+        self._root = root
+        # Text: every worker gets a copy, and a million Paths take half a gigabyte there.
+        self._names = [name for name, size in zip(candidates, sizes) if size is not None]
+        refused = [name for name, size in zip(candidates, sizes) if size is None]
         if refused:
             _log.warning(
                 "%s: %d of %d files are left out, their headers are not readable (first: %s)",
-                *(root, len(refused), len(candidates), refused[0]),
+                *(root, len(refused), len(candidates), root / refused[0]),
             )
-        if not self.paths:
+        if not self._names:
             raise UserError(f"{root}: none of the {len(candidates)} images has a readable header")
         self.sizes = np.array([size for size in sizes if size is not None], np.int32)
-        self.classes = _classes(root, self.paths)
+        self.classes = _classes(self._names)
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = np.array(
-            [numbers.get(path.relative_to(root).parts[0], -1) for path in self.paths], np.int64
+            [numbers.get(name.split("/")[0], -1) for name in self._names], np.int64
         )
+
+    @property
+    def paths(self) -> list[Path]:
+        """The image files, in order."""
+        return [self._root / name for name in self._names]
 
     def read(self, index: int) -> bytes:
         """Return the bytes of image file `index`."""
-        return self.paths[index].read_bytes()
+        return (self._root / self._names[index]).read_bytes()
 
 
 def open_path(path: Path) -> ShardSource | FolderSource:
@@ -143,11 +150,12 @@ _UPRIGHT = {
 }
 
 
-def _images_below(root: Path) -> Iterator[Path]:
+def _images_below(root: Path) -> Iterator[str]:
     for folder, _, names in os.walk(root, followlinks=True):
+        inside = os.path.relpath(folder, root)
         for name in names:
             if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield Path(folder, name)
+                yield name if inside == os.curdir else os.path.join(inside, name)  # noqa: PTH118
 
 
 def upright_size(path: Path) -> tuple[int, int] | None:
@@ -161,7 +169,6 @@ def upright_size(path: Path) -> tuple[int, int] | None:
     return (width, height) if orientation in _TRANSPOSING else (height, width)
 
 
-def _classes(root: Path, paths: list[Path]) -> list[str]:
-    tops = [path.relative_to(root).parts for path in paths]
-    names = sorted({parts[0] for parts in tops})
-    return names if len(names) > 1 and all(len(parts) > 1 for parts in tops) else []
+def _classes(names: list[str]) -> list[str]:
+    tops = sorted({name.split("/")[0] for name in names})
+    return tops if len(tops) > 1 and all("/" in name for name in names) else []

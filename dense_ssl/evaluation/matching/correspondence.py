@@ -96,7 +96,8 @@ def load(path: Path, config: Config) -> CorrespondenceData:
     source = open_path(path)
     index = np.array(thinned(range(len(source.sizes)), config.max_images), np.int64)
     if isinstance(source, FolderSource):
-        content = [file_stamp(source.paths[i]) for i in index]
+        paths = source.paths
+        content = [file_stamp(paths[i]) for i in index]
     else:
         content = [source.manifest.checksums[i].tobytes().hex() for i in index]
     return CorrespondenceData(PROTOCOL, source, index, content_key(*content), Omissions())
