@@ -86,6 +86,7 @@ def test_the_head_of_a_checkpoint_is_its_methods():
     for checkpoint in (
         {"format": FORMAT, "method": state},
         {"student": {}, "teacher": {f"module.{name}": value for name, value in official.items()}},
+        {"student": {}, "teacher": {k.replace("head.", "head.0."): v for k, v in official.items()}},
     ):
         head = class_head(checkpoint, "teacher", 64)
         assert head is not None

@@ -94,6 +94,8 @@ def test_data_arguments(tmp_path):
         data_paths(["knn"], "")
     with pytest.raises(UserError, match="no such data folder"):
         data_paths(["knn"], f"{a}/missing")
+    with pytest.raises(UserError, match="no task 'davsi'"):
+        data_paths(["knn"], f"knn={a},davsi={a}")
 
 
 def test_command_end_to_end(tmp_path, scenes, capsys):

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("dense_ssl.evaluation.suite").setLevel(logging.INFO)  # what is under way
     # Pillow warns of large images and odd tags: what it cannot read is counted and named all the same.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:

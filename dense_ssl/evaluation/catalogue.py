@@ -82,9 +82,13 @@ def data_paths(tasks: Sequence[str], data: str) -> dict[str, Path]:
     """Return where each task finds its data, from `PATH` or `task=PATH,task=PATH`.
 
     Raises:
-        UserError: a task has no data, or its folder does not exist.
+        UserError: a task has no data, its folder does not exist, or data is for a task that there is not.
     """
-    named = dict(part.split("=", 1) for part in data.split(",") if part.split("=")[0] in TASKS)
+    parts = [part.partition("=") for part in data.split(",")]
+    named = {name: text for name, equals, text in parts if equals and name in TASKS}
+    strange = [name for name, equals, _ in parts if equals and name not in TASKS]
+    if named and strange:
+        raise UserError(f"--data {data}: no task {strange[0]!r}; there are: {', '.join(TASKS)}")
     paths: dict[str, Path] = {}
     for task in tasks:
         text = named.get(task, "") if named else data

@@ -120,9 +120,11 @@ def _evaluate(
     if untrained is not None:
         _place(untrained.backbone, where)
     collected: list[Result] = []
-    for name in tasks:
+    # All data before the first hour of work: a mistake in the last task's is said at once.
+    contents = {name: protocol_of(name).load(paths[name], configs[name]) for name in tasks}
+    for name, content in contents.items():
         protocol, config, path = protocol_of(name), configs[name], paths[name]
-        content = protocol.load(path, config)
+        _say("%s: %s on %s", name, loaded.name, path)
         cache = _cache(out, loaded)
         started = time.perf_counter()
         values = protocol.run(loaded.backbone, content, config, cache)
@@ -161,6 +163,11 @@ def _evaluate(
                 _remember(out, question, protocol, content, config, (loaded, untrained))
         collected += found
     return collected
+
+
+def _say(text: str, *words: object) -> None:
+    if rank() == 0:
+        _log.info(text, *words)
 
 
 def _require_modules(tasks: Sequence[str]) -> None:
@@ -242,6 +249,7 @@ def _baseline(
     stored = results.stored_baseline(out, key) if out else None
     if stored is not None:
         return stored
+    _say("%s: the same network, untrained", task)
     cache = _cache(out, untrained, None if TASKS[task].resumes else _BASELINE_BYTES)
     values = protocol_of(task).run(untrained.backbone, content, config, cache)
     if out and rank() == 0:

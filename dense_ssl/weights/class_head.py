@@ -9,13 +9,15 @@ from dense_ssl.backbones import ClassHead
 from dense_ssl.weights.layouts import Part, select, tensors
 
 _LAYERS = (0, 2, 4)  # of the MLP; heads with BatchNorm have others, and are not read
+_HEADS = ("{part}.head.", "head.0.", "head.")  # ours, UDI's, DINO's and its relatives'
 _TINY = 1e-12  # of norms
 
 
 def class_head(checkpoint: Mapping[str, Any], part: Part, dim: int) -> ClassHead | None:
     """Return the head of one network of a checkpoint; None where it has none for tokens of width `dim`."""
     state = tensors(checkpoint, part)
-    head = select(state, f"{part}.head.") or select(state, "head.")
+    found = (select(state, prefix.format(part=part)) for prefix in _HEADS)
+    head = next(filter(None, found), {})
     layers: list[tuple[Tensor, Tensor]] = []
     width = dim
     for number in _LAYERS:
