@@ -8,11 +8,12 @@ starts the same ranks, without that.
 import logging
 import os
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -55,6 +56,14 @@ def code_of(codes: list[int]) -> int:
 
 
 def _launched(ranks: int, argv: list[str], nodes: int, rendezvous: str | None) -> int:
+    # The agent makes folders for what ranks say, which here goes to the console.
+    with tempfile.TemporaryDirectory(prefix="dense-ssl-") as folder:
+        return _in_agent(ranks, argv, nodes, rendezvous, DefaultLogsSpecs(folder))
+
+
+def _in_agent(
+    ranks: int, argv: list[str], nodes: int, rendezvous: str | None, logs: DefaultLogsSpecs
+) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS  # what older agents read
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -70,6 +79,7 @@ def _launched(ranks: int, argv: list[str], nodes: int, rendezvous: str | None) -
         rdzv_backend="c10d",
         rdzv_endpoint=rendezvous or "localhost:0",
         max_restarts=0,
+        logs_specs=logs,
         **more,
     )
     root = Path(__file__).resolve().parent.parent

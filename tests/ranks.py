@@ -8,6 +8,7 @@ then, is tested in test_pretrain and test_launching.
 import contextlib
 import os
 import socket
+import warnings
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ def _as_rank(rank, size, port, target, arguments):
 def _work(work, folder):
     from dense_ssl.distributed import close_world, init_world
 
+    warnings.simplefilter("error")  # a rank's would be on the console of every run
     world = init_world("cpu")
     torch.save(work(world), folder / f"{world.rank}.pt")
     close_world(world)
