@@ -24,6 +24,7 @@ logger = logging.getLogger("dense_ssl")
 
 STOPPED = 75
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_AGENT = "torch.distributed.elastic"
 SAVING_S = 240  # what ranks may take to end their step and save; schedulers are asked for 300
 
 
@@ -66,7 +67,12 @@ def _in_agent(
 ) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS  # what older agents read
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [
+        _AGENT,
+        *logging.root.manager.loggerDict,
+    ]:  # some of them have a level of their own
+        if name.startswith(_AGENT):  # ranks say themselves what happens to them
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     # Newer agents are told directly, and would otherwise end their ranks after 30 s.
     told = {"signals_to_handle": SIGNALS, "shutdown_timeout": SAVING_S}
     known = {field.name for field in fields(LaunchConfig)}

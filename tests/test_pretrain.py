@@ -260,20 +260,37 @@ def ranks_below(pid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_exits_with_75_and_resumes(recipe, tmp_path, capsys, ranks):
+@pytest.mark.parametrize(
+    ("loader", "ranks"),
+    [
+        ("folder", 1),
+        ("folder", 2),
+        pytest.param("ffcv", 1, marks=pytest.mark.ffcv),
+        pytest.param("dali", 1, marks=pytest.mark.dali),
+    ],
+)
+def test_a_signal_to_every_process_of_a_run_saves_exits_with_75_and_resumes(
+    recipe, shards, tmp_path, capsys, loader, ranks
+):
+    """As Slurm sends it: to the run, its ranks, the loader's workers and those who start them."""
+    if loader != "folder":
+        pytest.importorskip({"ffcv": "ffcv", "dali": "nvidia.dali"}[loader])
     path = recipe("stopped", groups=1)
-    long = ("train.epochs=400", "run.checkpoint_every_steps=100000")
+    # Four passes a step: more batches than are ready when the signal comes.
+    data = (f"data.path={shards}", f"data.loader={loader}", "data.workers=1", "train.accumulate=4")
+    long = (*data, "train.epochs=400", "run.checkpoint_every_steps=100000", "watch.on=false")
     process = start(path, *long, "--gpus", str(ranks))
     wait_for_step(tmp_path / "stopped", 2, process)
-    process.send_signal(signal.SIGTERM)
+    for pid in [process.pid, *ranks_below(process.pid)]:
+        os.kill(pid, signal.SIGTERM)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 75, err
     assert "the same command resumes" in err
+    assert not any(word in err for word in ("rror", "Traceback", "Warning", "worker")), err
     saved = checkpoint.load_newest(tmp_path / "stopped" / "checkpoints")["step"]
     assert saved >= 2
-    if ranks == 1:
-        code, _, err = run(capsys, path, *long, f"train.steps={saved + 1}")
+    if (loader, ranks) == ("folder", 1):
+        code, _, err = run(capsys, path, *long, "data.workers=0", f"train.steps={saved + 1}")
         assert code == 0
         assert f"resuming at step {saved}" in err
 

@@ -1,14 +1,9 @@
 """The reference loader: Pillow decodes, crops and resizes. Slow, obvious, the truth for the others."""
 
-import contextlib
-import multiprocessing
 import os
-import select
-import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.context import BaseContext
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +16,7 @@ from dense_ssl.loaders.batch import cut_views
 from dense_ssl.loaders.decoded import Decoded
 from dense_ssl.loaders.loader import Pixels, Reading
 from dense_ssl.loaders.source import ImageSource, decode
+from dense_ssl.loaders.workers import end_with, worker_context
 from dense_ssl.views import CropPlan, ViewSpec, positions
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -159,31 +155,3 @@ def _stack(views: Sequence[ViewSpec], crops: list[list[Tensor]]) -> dict[str, Te
 
 def _collate(images: list[list[Tensor] | str]) -> list[list[Tensor] | str]:
     return images
-
-
-def end_with(trainer: int, _: int) -> None:
-    """End this worker when the process `trainer` ends, SIGKILL included, and on no other's account.
-
-    Schedulers and launchers send a signal to a whole process group. It is the trainer that acts on it: a
-    worker that it ends would end the step, too.
-
-    torch watches a worker's parent, which here is the fork server: it lives as long as its workers,
-    and the workers of a killed run would wait for ever, with whatever pipes they inherited.
-    """
-
-    def watch() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            ended = select.poll()
-            ended.register(os.pidfd_open(trainer), select.POLLIN)
-            ended.poll()
-        os._exit(1)
-
-    os.setpgid(0, 0)
-    threading.Thread(target=watch, name="end with the trainer", daemon=True).start()
-
-
-def worker_context() -> BaseContext:
-    """Return a way to start workers that is safe beside the threads of numba, DALI and FFCV."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context

@@ -34,8 +34,8 @@ from dense_ssl.evaluation.classification.data import (
 )
 from dense_ssl.evaluation.omissions import Omissions
 from dense_ssl.loaders import share_of_cores
-from dense_ssl.loaders.folder import end_with, worker_context
 from dense_ssl.loaders.order import Order
+from dense_ssl.loaders.workers import end_with, worker_context
 from dense_ssl.rng import fold_np, key_of
 from dense_ssl.views import ViewSpec, draw_epoch
 
