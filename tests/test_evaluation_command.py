@@ -14,6 +14,8 @@ from dense_ssl.config import UserError
 from dense_ssl.evaluation import results, suite
 from dense_ssl.evaluation.__main__ import main
 from dense_ssl.evaluation.catalogue import TASKS, data_paths, task_names
+from dense_ssl.evaluation.classification import knn_again, linear
+from dense_ssl.evaluation.classification.accuracy import confusion_sheet
 from dense_ssl.evaluation.protocol_settings import OWN, departs
 from dense_ssl.evaluation.suite import config_of, configs_of, evaluate
 from dense_ssl.weights.fingerprint import weights_sha256
@@ -167,7 +169,14 @@ def test_equal_weights_read_in_two_ways_share_no_features(tmp_path):
     assert found.weights == weights_sha256(trunk)
 
 
-def test_pictures_notes_and_costs_are_kept(tmp_path):
+def test_pictures_notes_and_costs_are_kept(tmp_path, monkeypatch):
+    titles = []
+    for task in (knn_again, linear):
+        monkeypatch.setattr(
+            task,
+            "confusion_sheet",
+            lambda *given: titles.append(given[3]) or confusion_sheet(*given),
+        )
     write_class_folders(tmp_path / "d/train", classes=3, per_class=8, size=(40, 48))
     write_class_folders(tmp_path / "d/val", classes=3, per_class=4, seed=1, size=(40, 48))
     settings = ["size=32", "k=3", "linear.variant=cached", "linear.epochs=3", "lr=0.1,1"]
@@ -178,10 +187,12 @@ def test_pictures_notes_and_costs_are_kept(tmp_path):
     ]  # fmt: skip
     with Image.open(tmp_path / "run/eval/linear-confusion.png") as sheet:
         assert min(sheet.size) > 80
+    # A title names the protocol as the table does: with a star, as size is not 224 here.
+    assert [title.partition(":")[0] for title in titles] == ["knn/v1*", "linear-cached/v1*"]
     lines = [json.loads(line) for line in (tmp_path / "run/eval.jsonl").read_text().splitlines()]
-    linear = [line for line in lines if line["task"] == "linear"]
-    assert {line["metric"] for line in linear} == {"top1", "top5"}
-    for line in linear:
+    of_linear = [line for line in lines if line["task"] == "linear"]
+    assert {line["metric"] for line in of_linear} == {"top1", "top5"}
+    for line in of_linear:
         assert line["protocol"] == "linear-cached/v1*" and line["settings"]["seed"] == 0
         assert line["notes"]["lr"] in (0.1, 1) and line["seconds"] > 0 and line["memory_gb"] > 0.1
 

@@ -22,7 +22,7 @@ from dataprep import plain_json
 from dense_ssl.config import Config
 from dense_ssl.evaluation.catalogue import TASKS
 from dense_ssl.evaluation.drawn import draw
-from dense_ssl.evaluation.protocol_settings import departs
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.results import (
     RESULTS,
     Result,
@@ -150,7 +150,7 @@ def voted_again(
         values,
         baseline,
         task=task,
-        protocol=about["protocol"] + ("*" if departs(task, config) else ""),
+        protocol=marked(about["protocol"], task, config),
         checkpoint=checkpoint,
         weights=about["weights"],
         data=str(data),

@@ -82,3 +82,8 @@ def departs(task: str, config: Config) -> bool:
         type(config).model_validate(dict(values)).model_dump(exclude=free) != said
         for values in own.published
     )
+
+
+def marked(protocol: str, task: str, config: Config) -> str:
+    """Return a protocol's name as results and titles of pictures say it: with `*` where a setting departs."""
+    return f"{protocol}*" if departs(task, config) else protocol

@@ -21,7 +21,7 @@ from dense_ssl.evaluation.catalogue import TASKS, config_of, configs_of, data_pa
 from dense_ssl.evaluation.drawn import draw
 from dense_ssl.evaluation.features import FeatureCache, content_key
 from dense_ssl.evaluation.kept import Question, measuring_program, remember
-from dense_ssl.evaluation.protocol_settings import departs
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.results import Result
 from dense_ssl.weights.fingerprint import weights_sha256
 from dense_ssl.weights.pretrained import Loaded, load_backbone
@@ -147,7 +147,7 @@ def _evaluate(
             values,
             baseline,
             task=name,
-            protocol=content.protocol + ("*" if departs(name, config) else ""),
+            protocol=marked(content.protocol, name, config),
             checkpoint=loaded.name,
             weights=loaded.sha256,
             data=str(path),

@@ -7,8 +7,11 @@ Exit codes: 0 every promise was kept, 1 one was not, 2 the arguments are wrong.
 
 import argparse
 import hashlib
+import importlib.util
 import logging
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,12 +34,20 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m dense_ssl.fuzz", description=__doc__)
     parser.add_argument("--only", default="", help="some of the targets, comma-separated")
     parser.add_argument("--minutes", type=float, default=10, help="in all (10)")
+    parser.add_argument(
+        "--engine", choices=("random", "atheris"), default="random",
+        help="atheris: damage that reaches new code is kept and damaged further (random)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the damage (0)")
     parser.add_argument("--file", type=Path, help="only this one, for the one target of --only")
     parser.add_argument("--found", type=Path, default=FOUND, help=f"for what is found ({FOUND})")
     args = parser.parse_args(argv)
     try:
         targets = chosen(args.only)
+        if args.engine == "atheris" and importlib.util.find_spec("atheris") is None:
+            raise UserError(
+                "--engine atheris: it is not installed; `.venv/bin/pip install atheris` brings it"
+            )
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -44,12 +55,17 @@ def main(argv: Sequence[str]) -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    seconds = 60 * args.minutes / len(targets)
     try:
-        ground = Range(folder)
-        if args.file is not None:
-            return _again(ground, targets, args.file)
-        seconds = 60 * args.minutes / len(targets)
-        lines = [_attacked(ground, target, seconds, args.seed, args.found) for target in targets]
+        if args.engine == "atheris" and args.file is None:
+            lines = [_guided(folder, target, seconds, args.seed, args.found) for target in targets]
+        else:
+            ground = Range(folder)
+            if args.file is not None:
+                return _again(ground, targets, args.file)
+            lines = [
+                _attacked(ground, target, seconds, args.seed, args.found) for target in targets
+            ]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     tried, found = (sum(line[i] for line in lines) for i in range(2))
@@ -90,6 +106,30 @@ def _attacked(
         flush=True,
     )
     return tried, len(broken)
+
+
+def _guided(
+    scratch: Path, target: Target, seconds: float, seed: int, found: Path
+) -> tuple[int, int]:
+    """Let libFuzzer attack one reader in a process of its own; return the same."""
+    given = [target.name, str(round(seconds)), str(seed), str(found), str(scratch / target.name)]
+    began = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-m", "dense_ssl.fuzz.guided", *given], capture_output=True, text=True
+    )
+    sys.stdout.write(ended.stdout)
+    broken = len(ended.stdout.splitlines())
+    if ended.returncode != 0:
+        broken += 1
+        said = ended.stderr.strip().splitlines()[-5:]
+        print(f"  {found / target.name}: the process ended with {ended.returncode}: {said}")
+    tried, reached = (
+        int(numbers[-1]) if (numbers := re.findall(pattern, ended.stderr)) else 0
+        for pattern in (r"number_of_executed_units: (\d+)", r" cov: (\d+) ")
+    )
+    took = f"{time.monotonic() - began:5.0f} s  {reached:5} branches"
+    print(f"{target.name:<18} {tried:7,} files  {took}  {broken} broken", flush=True)
+    return tried, broken
 
 
 def files(

@@ -28,6 +28,7 @@ from dense_ssl.evaluation.classification.data import (
     read_picture,
 )
 from dense_ssl.evaluation.features import FeatureCache, check_size, content_key, extract
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.weights.fingerprint import weights_sha256
 
 _DEALS = 5  # random ones, whose mean is chance
@@ -105,7 +106,8 @@ def pictures(
     for cluster, label in matched(_counts(places, truth, classes)):
         answers[cluster] = label
     accuracy = 100 * float((answers[places] == truth).mean())
-    title = f"{data.protocol}: {len(numbers)} clusters, accuracy {accuracy:.1f} %"
+    named = marked(data.protocol, "cluster", config)
+    title = f"{named}: {len(numbers)} clusters, accuracy {accuracy:.1f} %"
     names = (*data.classes, "no class")
     return {"confusion": confusion_sheet(truth, answers[places], names, title)}
 

@@ -64,6 +64,7 @@ from dense_ssl.evaluation.features import (
     extract,
     normalised,
 )
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.ranks import share_buffers, start_of_all
 from dense_ssl.evaluation.trained.layer_decay import freeze_all_but, parameter_groups
 from dense_ssl.rng import key_of
@@ -175,7 +176,8 @@ def pictures(
 ) -> dict[str, Image.Image]:
     """Return the confusion matrix; the weights are those `run` left in the cache."""
     scores, labels = _outcome(backbone, data, config, cache)
-    title = f"{data.protocol}: top-1 {accuracies(scores, labels)['top1']:.1f} %"
+    named = marked(data.protocol, "finetune", config)
+    title = f"{named}: top-1 {accuracies(scores, labels)['top1']:.1f} %"
     return {"confusion": confusion_sheet(labels, scores.argmax(1), data.classes, title)}
 
 

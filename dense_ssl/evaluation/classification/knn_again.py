@@ -9,6 +9,7 @@ from PIL import Image
 from dense_ssl.evaluation.classification.accuracy import confusion_sheet
 from dense_ssl.evaluation.classification.knn_settings import VOTING, Config
 from dense_ssl.evaluation.classification.votes import Neighbours, kept, said, voted
+from dense_ssl.evaluation.protocol_settings import marked
 
 __all__ = ["VOTING", "confusion", "drawn", "scored"]
 
@@ -35,5 +36,6 @@ def confusion(
     k = ks[(len(ks) - 1) // 2]
     answers = said(near, k, config.temperature)
     top1 = 100 * float((answers == near.truth).mean())
-    title = f"{protocol}: k = {k}, top-1 {top1:.1f} %"
+    named = marked(protocol, "knn", config)
+    title = f"{named}: k = {k}, top-1 {top1:.1f} %"
     return {"confusion": confusion_sheet(near.truth, answers, classes, title)}

@@ -59,6 +59,7 @@ from dense_ssl.evaluation.features import (
     extract,
     normalised,
 )
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.ranks import start_of_all
 from dense_ssl.evaluation.readout import Readout
 from dense_ssl.loaders.order import Order
@@ -136,9 +137,8 @@ def pictures(
     """Return the confusion matrix; the trained layers are those `run` left in the cache."""
     outcome = _outcome(backbone, data, config, cache)
     top1 = accuracies(outcome.scores, outcome.labels)["top1"]
-    title = (
-        f"{data.protocol}: top-1 {top1:.1f} %, lr {outcome.rule.lr:g} chosen on {outcome.chosen_on}"
-    )
+    named = marked(data.protocol, "linear", config)
+    title = f"{named}: top-1 {top1:.1f} %, lr {outcome.rule.lr:g} chosen on {outcome.chosen_on}"
     said = outcome.scores.argmax(1)
     return {"confusion": confusion_sheet(outcome.labels, said, data.classes, title)}
 

@@ -42,6 +42,7 @@ from dense_ssl.evaluation.features import (
     extract,
 )
 from dense_ssl.evaluation.matching.finer import dilated
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.pictures import open_image
 from dense_ssl.visualise.sheets import stacked, tiles_sheet
 
@@ -151,7 +152,8 @@ def pictures(
                 tiles.append(_window(data.train.pictures[int(train.kept[i])], None, config))
         arrays = [tile.permute(1, 2, 0).numpy() for tile in tiles]
         rows.append(tiles_sheet(names, arrays, _TILE_PX))
-    return {"objects": stacked(rows, f"{data.protocol}: the same objects before two backgrounds")}
+    named = marked(data.protocol, "object-knn", config)
+    return {"objects": stacked(rows, f"{named}: the same objects before two backgrounds")}
 
 
 def object_window(

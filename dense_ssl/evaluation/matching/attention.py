@@ -39,6 +39,7 @@ from dense_ssl.evaluation.features import (
 from dense_ssl.evaluation.label_maps import LabelledImage, signed
 from dense_ssl.evaluation.matching.finer import dilated
 from dense_ssl.evaluation.omissions import Omissions, require_some
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.segmentation.data import (
     Labels,
     SegmentData,
@@ -158,7 +159,8 @@ def pictures(
                 heat = (weight / max(float(weight.max()), 1e-12)).reshape(side, side)
                 tiles.append(heated(pixels, heat))
             rows.append(tiles_sheet(names, tiles, _TILE_PX))
-    return {"maps": stacked(rows, f"{data.protocol}: attention of the last block")} if rows else {}
+    named = marked(data.protocol, "attention", config)
+    return {"maps": stacked(rows, f"{named}: attention of the last block")} if rows else {}
 
 
 def mass_masks(weights: np.ndarray, mass: float) -> np.ndarray:

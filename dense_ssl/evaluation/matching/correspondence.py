@@ -35,6 +35,7 @@ from dense_ssl.evaluation.features import (
 )
 from dense_ssl.evaluation.matching.cell_matches import TOLERANCES, counts, matched
 from dense_ssl.evaluation.omissions import Omissions
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.loaders.batch import assemble
 from dense_ssl.loaders.folder import cut_one
 from dense_ssl.loaders.source import FolderSource, ShardSource, decode, open_path
@@ -205,4 +206,5 @@ def pictures(
             places = found.expected[b].flip(1).cpu().numpy()  # (row, column)
             drawn = (best.numpy(), pairs.numpy(), strong, places)
             rows.append(correspondence_sheet(both, (query.grid, key.grid), *drawn))
-    return {"matches": stacked(rows, f"{data.protocol}: matches between two crops")} if rows else {}
+    named = marked(data.protocol, "correspondence", config)
+    return {"matches": stacked(rows, f"{named}: matches between two crops")} if rows else {}

@@ -38,6 +38,7 @@ from dense_ssl.evaluation.matching.davis_metrics import (
 )
 from dense_ssl.evaluation.matching.label_propagation import DINO, REVISITING
 from dense_ssl.evaluation.omissions import require_some
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.ranks import everyone
 from dense_ssl.evaluation.tinted import beside_truth, label_colours
 from dense_ssl.pictures import open_image
@@ -128,7 +129,7 @@ def pictures(
             else:
                 paths = (folder / video.name / f"{frame.stem}.png" for frame in video.frames)
                 masks = [_mask(path) for path in paths]
-            sheets[video.name] = _sheet(video, masks, found, data.protocol)
+            sheets[video.name] = _sheet(video, masks, found, marked(data.protocol, "davis", config))
         except (OSError, ValueError, SyntaxError):
             continue  # `run` has named it
     return sheets

@@ -40,6 +40,7 @@ from dense_ssl.evaluation.features import (
 )
 from dense_ssl.evaluation.matching.finer import dilated
 from dense_ssl.evaluation.metrics import confusion, scores_beside_chance
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.segmentation.data import (
     LabelledImage,
     Labels,
@@ -125,7 +126,8 @@ def pictures(
         (image, scores.argmax(0).to(torch.uint8).cpu().numpy(), truth.numpy())
         for scores, truth, image in _answers(network, memory, data, few, config, None)
     ]
-    title = f"{data.protocol}: {len(memory.cells)} cells in memory, k = {config.k}"
+    named = marked(data.protocol, "hummingbird", config)
+    title = f"{named}: {len(memory.cells)} cells in memory, k = {config.k}"
     return {"predictions": class_sheet(rows, data.classes, title)}
 
 

@@ -35,6 +35,7 @@ from dense_ssl.evaluation.features import (
 )
 from dense_ssl.evaluation.matching.finer import dilated
 from dense_ssl.evaluation.matching.segments import Segments, packed_segments, unpacked
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.segmentation.data import (
     LabelledImage,
     Labels,
@@ -166,7 +167,8 @@ def pictures(
             names.append(f"{value:.3f} {_named(memory.pixels[image, segment], data.classes)}")
             tiles.append(_outlined(memory, image, segment))
         rows.append(tiles_sheet(names, tiles, _TILE_PX))
-    return {"nearest": stacked(rows, f"{data.protocol}: segments, their nearest and its cosine")}
+    named = marked(data.protocol, "retrieve", config)
+    return {"nearest": stacked(rows, f"{named}: segments, their nearest and its cosine")}
 
 
 def _scored(classes: Sequence[str]) -> dict[str, tuple[list[int], int]]:

@@ -39,6 +39,7 @@ from dense_ssl.evaluation.features import (
     file_stamp,
 )
 from dense_ssl.evaluation.omissions import Omissions, require_some
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.retrieval.ranking import generalised_mean, retrieval_precision
 from dense_ssl.loaders.source import SUFFIXES
 from dense_ssl.pictures import open_image
@@ -177,7 +178,8 @@ def pictures(
             tiles.append(paths[place])
         arrays = [_opened(path, _TILE_PX).permute(1, 2, 0).numpy() for path in tiles]
         rows.append(tiles_sheet(captions, arrays, _TILE_PX))
-    return {"found": stacked(rows, f"{data.protocol}: a copy, and the images found first")}
+    named = marked(data.protocol, "copydays", config)
+    return {"found": stacked(rows, f"{named}: a copy, and the images found first")}
 
 
 def mean_precision(orders: np.ndarray, owners: Sequence[str], wanted: Sequence[str]) -> float:

@@ -29,6 +29,7 @@ from dense_ssl.config import UserError
 from dense_ssl.evaluation.choices import Pool
 from dense_ssl.evaluation.features import Extracted, FeatureCache, content_key, extract, file_stamp
 from dense_ssl.evaluation.omissions import Omissions, require_some
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.readout import Readout
 from dense_ssl.evaluation.retrieval.ranking import rankings_scores
 from dense_ssl.pictures import open_image
@@ -185,7 +186,8 @@ def pictures(
             tiles.append(_opened(data.database[int(database.kept[row])], _TILE_PX))
         arrays = [tile.permute(1, 2, 0).numpy() for tile in tiles]
         rows.append(tiles_sheet(names, arrays, _TILE_PX))
-    return {"found": stacked(rows, f"{data.protocol}: a query, and the images found first")}
+    named = marked(data.protocol, "landmarks", config)
+    return {"found": stacked(rows, f"{named}: a query, and the images found first")}
 
 
 def _scored(

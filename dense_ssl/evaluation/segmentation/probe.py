@@ -36,6 +36,7 @@ from dense_ssl.evaluation.features import (
     thinned,
 )
 from dense_ssl.evaluation.metrics import confusion, scores_beside_chance
+from dense_ssl.evaluation.protocol_settings import marked
 from dense_ssl.evaluation.segmentation.data import (
     PROTOCOL,
     VOID,
@@ -100,7 +101,9 @@ def pictures(
         (image, said.to(torch.uint8).numpy(), truth.numpy())
         for image, said, truth in _answers(backbone, probe, data, config, cache, limit=_DRAWN)
     ]
-    return {"predictions": class_sheet(rows, data.classes, data.protocol)}
+    return {
+        "predictions": class_sheet(rows, data.classes, marked(data.protocol, "segment", config))
+    }
 
 
 def _fitted(
