@@ -21,7 +21,15 @@ from dense_ssl.config import UserError, read_yaml
 from dense_ssl.reference import Reference, judge
 from dense_ssl.report.curves import CONSTANT, WATCHED
 from dense_ssl.report.facts import setting
-from dense_ssl.report.page import evaluation_table, page, panel, read_jsonl, section, series
+from dense_ssl.report.page import (
+    evaluation_table,
+    page,
+    panel,
+    read_jsonl,
+    read_steps,
+    section,
+    series,
+)
 from dense_ssl.report.svg_plot import Band
 from dense_ssl.watch import RECORDS
 
@@ -62,7 +70,7 @@ def read_run(path: Path) -> Run:
     if not isinstance(config, dict):
         raise UserError(f"{path}: no readable config.yaml in it; is it a run folder?")
     results = [{**record, "checkpoint": str(path)} for record in read_jsonl(path / "eval.jsonl")]
-    log, looks = (read_jsonl(path / name) for name in ("log.jsonl", RECORDS))
+    log, looks = (read_steps(path / name) for name in ("log.jsonl", RECORDS))
     return Run(str(path), config, log, looks, results)
 
 

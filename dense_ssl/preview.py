@@ -25,7 +25,7 @@ from dense_ssl.views import ViewSpec, draw_epoch, positions
 from dense_ssl.visualise.__main__ import expected_cells
 from dense_ssl.visualise.places import place_rows
 from dense_ssl.visualise.samples import Sample, crops_row, mask_rows, sample_of, shown
-from dense_ssl.visualise.sheets import correspondence_sheet, stacked
+from dense_ssl.visualise.sheets import NOWHERE, correspondence_sheet, stacked
 
 DRAWN = 5000  # images whose crops the figures are over
 ENLARGED = 1.6  # how far the median crop may be enlarged before sharper shards would show
@@ -57,11 +57,17 @@ def write_preview(recipe: str, overrides: Sequence[str], out: Path, images: int)
         None,
     )
     rows, warnings = figures(config.method.views, sizes, config.train.seed)
+    batch, steps = config.train.batch_size, len(sizes) // config.train.batch_size
+    if not steps:
+        warnings.insert(
+            0,
+            f"{len(sizes)} images are fewer than the batch of {batch}: a smaller train.batch_size is needed",
+        )
     title = f"{recipe} on {config.data.path}"
     count = f"{len(sizes)} images, median {np.median(sizes[:, 1]):.0f} x {np.median(sizes[:, 0]):.0f} px"
     sections = [
-        f"<h1>{html.escape(title)}</h1><p>{count}; batch {config.train.batch_size}, "
-        f"{len(sizes) // config.train.batch_size} steps an epoch</p>",
+        f"<h1>{html.escape(title)}</h1><p>{count}; batch {batch}, "
+        f"{steps} {'step' if steps == 1 else 'steps'} an epoch</p>",
         *(f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings),
         section(
             "Crops",
@@ -104,7 +110,8 @@ def figures(views: Sequence[ViewSpec], sizes: np.ndarray, seed: int) -> tuple[st
         others = shared[:, 1:] if at.start == 0 else shared
         rows.append(
             (
-                f"{view.name}: {view.count} x {view.size} px",
+                f"{view.name}: {view.count} x {view.size} px"
+                + (f", of {view.part:.0%} of a batch" if view.part < 1 else ""),
                 _spread(100 * share[:, at], "{:.0f} %"),
                 _spread(enlarged, "{:.2f}"),
                 f"{100 * plan.flipped[:, at].mean():.0f} %",
@@ -153,7 +160,7 @@ def true_pairs(sample: Sample, row: int) -> Image.Image | None:
     )
     inside = np.flatnonzero(~np.isnan(expected[:, 0]))
     places = np.nan_to_num(expected).clip(0, GRID - 1e-3).astype(np.int64)
-    best = places[:, 0] * GRID + places[:, 1]
+    best = np.where(np.isnan(expected[:, 0]), NOWHERE, places[:, 0] * GRID + places[:, 1])
     apart = inside[
         (inside // GRID + 2 * (inside % GRID)) % 5 == 0
     ]  # lines that do not cover each other
@@ -162,7 +169,7 @@ def true_pairs(sample: Sample, row: int) -> Image.Image | None:
     return correspondence_sheet(
         both, (grid, grid), best, pairs, np.ones(len(pairs), bool), expected,
         (f"{len(apart)} of {len(inside)} cells that both crops show, where the other shows them",
-         "the same colour is the same place; dark blue is not in the other crop"),
+         "the same colour is the same place; what is grey is not in the other crop"),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -335,3 +336,20 @@ def test_no_image_is_opened_without_a_list_of_formats_and_no_yaml_around_the_pla
         assert "yaml.safe_load" not in text, path
         for line in text.splitlines():
             assert "Image.open(" not in line or "formats=" in line, f"{path}: {line.strip()}"
+
+
+def test_the_engine_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
+    assert program.main(["--engine", "atheris", "--only", "coco"]) == 2
+    assert "--engine atheris: it is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_damage_that_reaches_new_code_is_kept(tmp_path, capsys):
+    pytest.importorskip("atheris")
+    given = ["--engine", "atheris", "--only", "override", "--minutes", "0.05"]
+    assert program.main([*given, "--found", str(tmp_path)]) == 0
+    tried, branches = re.search(r"override +([0-9,]+) files .* (\d+) branches  0 broken",
+                                capsys.readouterr().out).groups()  # fmt: skip
+    assert int(tried.replace(",", "")) > 10 and int(branches) > 100
+    assert len(list((tmp_path / "corpus/override").iterdir())) > 4  # more than it began with

@@ -119,6 +119,34 @@ def test_a_whole_run(run):
     assert base64.b64decode(page.sources[0].partition(",")[2]) == (run / "crops.png").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        "method: {name: moco, views: [1, null, {scale: 3}], backbone: resnet50}\noptim: 3\n"
+        "train: {epochs: many, steps: soon, batch_size: big}\nrun: []\n",
+        "method: moco\ntrain: {epochs: [1], steps: -3, batch_size: .inf}\ndata: 1\n",
+    ],
+    ids=["ours", "older", "strange"],
+)
+def test_garbled_lines_and_settings_take_nothing_but_themselves_away(tmp_path, config):
+    lines = (
+        '{"step": "x", "loss": {}, "epoch": "no"}', '{"step": 1e400, "loss": [1]}', "[1, 2]", "\xff{{{",
+        '{"step": 5, "epoch": -1, "loss": null, "images_per_s": 0, "eta_s": "soon", "refused": "3"}',
+        '{"step": 6, "epoch": 1e-300, "loss": NaN, "images_per_s": 1e-320, "memory_gb": 1e300}',
+        '{"step": 7, "epoch": 0.1, "images_per_s": "fast", "loss": true}',
+        '{"step": 8, "epoch": 0.5, "loss": 2.5, "images_per_s": 4, "data_wait": 0.1, "rankme": 7}',
+        '{"kind": [], "time": {}, "machine": 3}', '{"task": 3, "value": true, "checkpoint": {}}',
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(config)
+    for name in ("log", "watch", "events", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "crops.png").write_text("no picture")
+    text = " ".join(check(write_report(tmp_path)).text)
+    assert "2.5" in text
+    assert "crops.png is no picture" in text
+
+
 def test_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG)
     text = " ".join(check(write_report(tmp_path)).text)

@@ -164,7 +164,8 @@ def measure_step(config: RunConfig, images: int) -> Cost:
     low, high = CPU_IMAGES
     (_, less), (seconds, more) = cost_of(low), cost_of(high)
     per_image = (more - less) / (high - low)
-    moments = 2 * sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    kept = [x for of_one in optimizer.state.values() for x in of_one.values()]
+    moments = sum(x.nbytes for x in kept if isinstance(x, torch.Tensor))
     return Cost(seconds / high, state + moments + max(less - low * per_image, 0), per_image)
 
 

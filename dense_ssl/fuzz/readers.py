@@ -25,7 +25,7 @@ from dense_ssl.fuzz.sound import SPLIT
 from dense_ssl.loaders.source import ShardSource, decode, upright_size
 from dense_ssl.log import keep_lines_before
 from dense_ssl.micro_batches import noted
-from dense_ssl.report.page import read_jsonl, series
+from dense_ssl.report.__main__ import write_report
 from dense_ssl.run_config import RunConfig
 from dense_ssl.weights.pretrained import load_backbone
 
@@ -135,15 +135,20 @@ def davis_cache(folder: Path) -> None:
     davis._stored(folder, video)
 
 
+def page(folder: Path) -> None:
+    """Write the page of a run."""
+    write_report(folder)
+
+
 def log(folder: Path) -> None:
-    """Read a run's log for its report, and cut it for resuming."""
-    series(read_jsonl(folder / "log.jsonl"), "loss", "loss")
+    """Read a run's log for its page, and cut it for resuming."""
+    write_report(folder)
     keep_lines_before(folder / "log.jsonl", 3)
 
 
 def results(folder: Path) -> None:
-    """Read what evaluations have kept."""
-    read_jsonl(folder / "eval.jsonl")
+    """Read what evaluations have kept, for the page and for the next evaluation."""
+    write_report(folder)
     (folder / "eval.jsonl").rename(folder / BASELINES)
     stored_baseline(folder, "key")
 

@@ -140,7 +140,6 @@ def _of_a_run(folder: Path) -> dict[str, list[bytes]]:
     saved = checkpoint.save(run, payload, keep=1)
     trunk = method.student["backbone"].trunk.state_dict()  # pyright: ignore
     arrays = {name: value.numpy() for name, value in trunk.items()}
-    line = json.dumps({"step": 1, "loss": 1.5, "epoch": 0.5}).encode() + b"\n"
     return {
         "checkpoint": [saved.read_bytes()],
         "checksum": [saved.with_suffix(".json").read_bytes()],
@@ -148,7 +147,35 @@ def _of_a_run(folder: Path) -> dict[str, list[bytes]]:
         "legacy-checkpoint": [_stored({"state_dict": trunk}, _use_new_zipfile_serialization=False)],
         "safetensors": [safetensors.torch.save(dict(trunk))],
         "pickle": [plain_pickle.dumps({"model": arrays, "matching_heuristics": True})],
-        "log": [line * 3],
+        **_of_a_page(folder / "page", dump(config)),
+    }
+
+
+def _of_a_page(page: Path, config: str) -> dict[str, list[bytes]]:
+    """What the page of a run is made of; in `page` it lies whole."""
+    steps = [{"step": step, "epoch": step / 2} for step in (1, 2, 3)]
+    files: dict[str, tuple[str, list[dict[str, Any]]]] = {
+        "log": ("log.jsonl", [
+            {**at, "loss": 1.5, "lr": 0.05, "images_per_s": 9.5, "data_wait": 0.1, "refused": 0, "eta_s": 3.0}
+            for at in steps
+        ]),
+        "looks": ("watch.jsonl", [
+            {**at, "rankme": 7.5, "most_rank": 8.0, "spread": 0.5, "match_one_cell": 40.0} for at in steps
+        ]),
+        "events": ("events.jsonl", [
+            {"time": "2026-01-01 00:00", "kind": "started", "step": 0, "ranks": 1, "machine": "one"},
+            {"time": "2026-01-01 00:01", "kind": "halved", "micro_batches": 2, "images": 4},
+            {"time": "2026-01-01 00:02", "kind": "refused", "reason": "full"},
+        ]),
+    }  # fmt: skip
+    page.mkdir()
+    (page / "config.yaml").write_text(config)
+    (page / "eval.jsonl").touch()
+    for path, records in files.values():
+        (page / path).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {
+        "settings": [config.encode()],
+        **{target: [(page / path).read_bytes()] for target, (path, _) in files.items()},
     }
 
 

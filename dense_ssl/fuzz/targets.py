@@ -14,6 +14,7 @@ from dataprep.encode import BadImage
 from dataprep.manifest import DataError
 from dataprep.sources import Unreadable
 from dense_ssl.config import UserError
+from dense_ssl.events import machine
 from dense_ssl.fuzz import readers, sound
 from dense_ssl.fuzz.bounds import Broken, bounded
 
@@ -60,8 +61,11 @@ TARGETS = (
     Target("voc", "VOC2007/Annotations/cow.xml", readers.voc, "voc"),
     Target("feature-cache", "features.pt", readers.feature_cache),
     Target("memory-cache", "memory.safetensors", readers.memory_cache),
-    Target("log", "log.jsonl", readers.log),
-    Target("results", "eval.jsonl", readers.results),
+    Target("log", "log.jsonl", readers.log, "page"),
+    Target("looks", "watch.jsonl", readers.page, "page"),
+    Target("events", "events.jsonl", readers.page, "page"),
+    Target("settings", "config.yaml", readers.page, "page"),
+    Target("results", "eval.jsonl", readers.results, "page"),
     Target("davis-cache", "cow.json", readers.davis_cache),
     Target("memory-note", "micro_batch.json", readers.memory_note),
 )
@@ -73,6 +77,7 @@ class Range:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         sound.make(folder)
+        machine()  # Python asks `uname` for the processor, once; a page names it
 
     def sound_files(self, target: Target) -> list[bytes]:
         """Return what the sound files of a target hold, the likeliest first."""

@@ -28,6 +28,7 @@ from dense_ssl.report.page import (
     page,
     picture,
     read_jsonl,
+    read_steps,
     section,
     tiles,
 )
@@ -35,6 +36,7 @@ from dense_ssl.watch import RECORDS
 
 Records = Sequence[Mapping[str, Any]]
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _LARGEST_PICTURE = 8_000_000  # bytes; a page should still open at once
 _NO_LOOKS = "No look at the features yet: watch.on is false, or the run has just begun."
 _PICTURES = {
@@ -57,8 +59,7 @@ def write_report(run: Path) -> Path:
         raise UserError(f"{run}: no readable config.yaml in it; is it a run folder?") from None
     if not isinstance(config, dict):
         raise UserError(f"{run}/config.yaml: holds no settings; is it a run folder?")
-    log = read_jsonl(run / "log.jsonl")
-    looks = read_jsonl(run / RECORDS)
+    log, looks = read_steps(run / "log.jsonl"), read_steps(run / RECORDS)
     results = read_jsonl(run / "eval.jsonl")
     events = events_of(run)
     title = f"{setting(config, 'method', 'name')} · {run.resolve().name}"
@@ -128,8 +129,10 @@ def _pictures(run: Path) -> list[str]:
     for path in [*filter(Path.is_file, own), *sorted(set(run.glob("*.png")) - set(own))]:
         if path.stat().st_size > _LARGEST_PICTURE:
             body = f'<p class="soft">{html.escape(path.name)} is too large to embed.</p>'
+        elif (png := path.read_bytes()).startswith(_PNG):
+            body = picture(png, _PICTURES.get(path.stem, path.name))
         else:
-            body = picture(path.read_bytes(), _PICTURES.get(path.stem, path.name))
+            body = f'<p class="soft">{html.escape(path.name)} is no picture.</p>'
         sections.append(section(path.stem.replace("-", " ").capitalize(), body))
     return sections
 

@@ -1,5 +1,6 @@
 """What a run was, in words: read from its folder for the first table of the report."""
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 from dense_ssl.config import UserError
 from dense_ssl.events import machine
 from dense_ssl.log import duration
+from dense_ssl.report.page import is_number
 from dense_ssl.weights.fingerprint import weights_sha256
 from dense_ssl.weights.pretrained import read_checkpoint
 
@@ -76,8 +78,8 @@ def progress(config: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> tup
     if not steps:
         return 0, 0
     step, epoch = steps[-1]
-    planned = round(float(setting(config, "train", "epochs") or epoch) * step / epoch)
-    return step, min(planned, setting(config, "train", "steps") or planned)
+    planned = round((number(config, "train", "epochs") or epoch) * step / epoch)
+    return step, min(planned, round(number(config, "train", "steps")) or planned)
 
 
 def setting(config: Mapping[str, Any], *keys: str) -> Any:
@@ -88,14 +90,23 @@ def setting(config: Mapping[str, Any], *keys: str) -> Any:
     return "" if node is None else node
 
 
+def number(config: Mapping[str, Any], *keys: str) -> float:
+    """Return a nested setting that is a positive number, 0 where there is none."""
+    found = setting(config, *keys)
+    return found if is_number(found) and 0 < found < math.inf else 0.0
+
+
 def _views(config: Mapping[str, Any]) -> str:
     views = setting(config, "method", "views")
-    described = [
-        f"{view.get('name')}: {view.get('count')} x {view.get('size')} px of "
-        f"{' to '.join(f'{100 * share:g}' for share in view.get('scale', ()))} % of the area"
-        for view in views
-        if isinstance(view, dict)
-    ]
+    described = []
+    for view in views if isinstance(views, list) else ():
+        if isinstance(view, dict):
+            shares = view.get("scale")
+            shares = [s for s in shares if is_number(s)] if isinstance(shares, list) else []
+            share = " to ".join(f"{100 * s:g}" for s in shares) or "?"
+            described.append(
+                f"{view.get('name')}: {view.get('count')} x {view.get('size')} px of {share} % of the area"
+            )
     return "; ".join(described)
 
 
@@ -124,7 +135,7 @@ def seconds_trained(config: Mapping[str, Any], log: Sequence[Mapping[str, Any]])
     seconds, before = 0.0, 0
     for record in log:
         if record.get("images_per_s"):
-            images = (record["step"] - before) * float(setting(config, "train", "batch_size") or 0)
+            images = (record["step"] - before) * number(config, "train", "batch_size")
             seconds += images / record["images_per_s"]
         before = record.get("step", before)
     return seconds

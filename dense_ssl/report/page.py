@@ -14,6 +14,7 @@ from dataprep import plain_json
 from dense_ssl.report.svg_plot import Band, Line, line_plot
 
 MOST_LINES = 20_000
+SMALLEST, LARGEST = 1e-100, 1e15  # no rate is smaller, no number of steps, seconds or bytes larger
 _STYLE = Path(__file__).with_name("report.css")
 
 
@@ -83,6 +84,26 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append({k: v for k, v in record.items() if k.startswith("loss") or _plain(v)})
     return records
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Return those records of a log, or of looks, that say their step; of each what is a number."""
+    found = []
+    for record in read_jsonl(path):
+        numbers = {key: value for key, value in record.items() if is_number(value)}
+        if numbers.get("epoch", 1) <= 0:
+            del numbers["epoch"]
+        if isinstance(numbers.get("step"), int) and numbers["step"] >= 0:
+            found.append(numbers)
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number that a run may say: of a usual size, or none at all (NaN, inf)."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    size = abs(value)
+    return SMALLEST <= size <= LARGEST or size == 0 or not size < math.inf
 
 
 def _plain(value: Any) -> bool:

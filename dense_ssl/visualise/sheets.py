@@ -17,6 +17,8 @@ _GAP = 14
 _SOURCE_PX = 340  # longer side of a source image on a sheet
 _LARGEST_VIEW_PX = 144  # side of the largest view on a sheet; smaller views keep their proportion
 _SMALLEST_VIEW_PX = 64
+NOWHERE = -1  # the match of a cell that has none
+_UNTINTED = (120, 120, 120)
 _PAIR_PX = 288  # side of a view on a correspondence sheet
 
 
@@ -43,7 +45,7 @@ def crops_sheet(
         _tile(view, max(round(scale * view.shape[0]), _SMALLEST_VIEW_PX), name, mirrored, colour)
         for view, name, mirrored, colour in zip(views, names, flipped, colours, strict=True)
     ]
-    right = _flow(tiles, width=4 * (_LARGEST_VIEW_PX + _GAP))
+    right = _flow(tiles, width=5 * (_LARGEST_VIEW_PX + _GAP))
     return beside([left, right])
 
 
@@ -61,7 +63,8 @@ def correspondence_sheet(
     Args:
         views: query and key view, uint8 [S, S, 3] each.
         grids: rows and columns of their cells.
-        best: int [N], the key cell most similar to each query cell; its colour fills the query cell.
+        best: int [N], the key cell most similar to each query cell, or NOWHERE; its colour fills the
+            query cell.
         pairs: int [M, 2], the matches to join by lines (query cell, key cell).
         strong: bool [M], those drawn thick.
         expected: float [N, 2], row and column in the key grid where each query cell's centre lies
@@ -71,7 +74,8 @@ def correspondence_sheet(
     query, key = (_resized(view, _PAIR_PX) for view in views)
     lines = _joined(query, key, grids, pairs, strong, expected)
     colours = cell_colours(*grids[1])
-    painted = beside([_painted(query, grids[0], colours[best]), _painted(key, grids[1], colours)])
+    tints = np.where(best[:, None] == NOWHERE, np.uint8(_UNTINTED), colours[best])
+    painted = beside([_painted(query, grids[0], tints), _painted(key, grids[1], colours)])
     seen = ~np.isnan(expected).any(axis=1)
     right = agrees(best, expected, grids[1][1])
     caption = f"{len(pairs)} mutual matches, {int(strong.sum())} strong (thick); green where the boxes agree"
