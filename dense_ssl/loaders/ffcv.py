@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from unittest import mock
 
 import numba as nb
-import numba.typed
 import numpy as np
 import torch
 
@@ -33,7 +32,7 @@ from dense_ssl.views import CropPlan
 _torch_threads = torch.get_num_threads()
 # FFCV keeps two words in numba's dictionary for compiled code, which compiles for 2.8 CPU s; it looks them up
 # in Python only, where any dictionary will do.
-with warnings.catch_warnings(), mock.patch.object(nb.typed, "Dict", dict):
+with warnings.catch_warnings(), mock.patch("numba.typed.Dict", dict):
     warnings.simplefilter("ignore")  # of names that Python has deprecated since
     from ffcv.libffcv import imdecode
     from ffcv.loader import Loader as StockLoader

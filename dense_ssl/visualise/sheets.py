@@ -74,7 +74,7 @@ def correspondence_sheet(
     query, key = (_resized(view, _PAIR_PX) for view in views)
     lines = _joined(query, key, grids, pairs, strong, expected)
     colours = cell_colours(*grids[1])
-    tints = np.where(best[:, None] == NOWHERE, np.uint8(_UNTINTED), colours[best])
+    tints = np.where(best[:, None] == NOWHERE, np.array(_UNTINTED, np.uint8), colours[best])
     painted = beside([_painted(query, grids[0], tints), _painted(key, grids[1], colours)])
     seen = ~np.isnan(expected).any(axis=1)
     right = agrees(best, expected, grids[1][1])
