@@ -78,6 +78,12 @@ def test_knn_equals_scikit_learn(k):
     assert (knn.knn_classify(train, labels, test, k).numpy() == expected).all()
 
 
+def test_published_settings_of_knn_are_the_defaults():
+    """DINO (arXiv:2104.14294), whose evaluation Wu et al.'s temperature and these numbers are from."""
+    config = knn.Config()
+    assert (config.temperature, config.k, config.size) == (0.07, (10, 20, 100, 200), 224)
+
+
 def test_knn_scores_equal_a_loop():
     generator = torch.Generator().manual_seed(1)
     train = F.normalize(torch.randn(30, 5, generator=generator), dim=1).double()

@@ -141,7 +141,8 @@ def test_strided_inputs_give_what_contiguous_ones_give(spec):
     }
     got, got_grads = graded(spec, spec.call, strided)
     for a, b in zip([*got, *got_grads], [*want, *want_grads], strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+        # Rounding: without AVX2 a product of strided factors is summed in another order.
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6 * max(float(b.abs().max()), 0.1))
 
 
 @pytest.mark.parametrize("spec", GRADED)
