@@ -67,11 +67,9 @@ def _in_agent(
 ) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS  # what older agents read
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    for name in [
-        _AGENT,
-        *logging.root.manager.loggerDict,
-    ]:  # some of them have a level of their own
-        if name.startswith(_AGENT):  # ranks say themselves what happens to them
+    # Ranks say themselves what happens to them. Some loggers of the agent have a level of their own.
+    for name in [_AGENT, *logging.root.manager.loggerDict]:
+        if name.startswith(_AGENT):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     # Newer agents are told directly, and would otherwise end their ranks after 30 s.
     told = {"signals_to_handle": SIGNALS, "shutdown_timeout": SAVING_S}
