@@ -13,11 +13,23 @@ Thing = tuple[str, int, int, int, int]  # class, x, y, width, height
 
 
 def write_rectangles(
-    root: Path, *, train: int = 24, val: int = 8, shuffled: bool = False, seed: int = 0
+    root: Path,
+    *,
+    train: int = 24,
+    val: int = 8,
+    shuffled: bool = False,
+    seed: int = 0,
+    sides: tuple[int, int] = (16, 32),
 ) -> Path:
     """Write `coco/` and `VOCdevkit/VOC2007/` of the same images below `root`, and return it.
 
-    shuffled: the annotations have nothing to do with the images.
+    Args:
+        root: a folder, made where there is none.
+        train: images to learn from.
+        val: images to test on.
+        shuffled: the annotations have nothing to do with the images.
+        seed: of all draws.
+        sides: shortest and longest side of a rectangle, in pixels.
     """
     rng = np.random.default_rng(seed)
     voc = root / "VOCdevkit" / "VOC2007"
@@ -28,7 +40,7 @@ def write_rectangles(
     for part, split, count in (("train", "trainval", train), ("val", "test", val)):
         stems, images, annotations = [], [], []
         for number in range(count):
-            picture, things = _drawn(rng, 1 + number % 2)
+            picture, things = _drawn(rng, 1 + number % 2, sides)
             if shuffled:
                 things = _elsewhere(rng, len(things))
             identity = 100 * (part == "val") + number
@@ -68,13 +80,15 @@ def voc_annotation(
     )
 
 
-def _drawn(rng: np.random.Generator, count: int) -> tuple[Image.Image, list[Thing]]:
+def _drawn(
+    rng: np.random.Generator, count: int, sides: tuple[int, int]
+) -> tuple[Image.Image, list[Thing]]:
     """An image with rectangles that do not overlap."""
     image = np.clip(rng.normal(128, 8, (HEIGHT, WIDTH, 3)), 0, 255)
     taken = np.zeros((HEIGHT, WIDTH), bool)
     things: list[Thing] = []
     while len(things) < count:
-        w, h = (int(side) for side in rng.integers(16, 33, 2))
+        w, h = (int(side) for side in rng.integers(sides[0], sides[1] + 1, 2))
         x, y = int(rng.integers(0, WIDTH - w)), int(rng.integers(0, HEIGHT - h))
         if taken[y : y + h, x : x + w].any():
             continue

@@ -35,3 +35,20 @@ def real_images() -> Path:
     if not (where / "README.md").is_file():
         pytest.skip(f"no real images at {where} (set DENSE_SSL_TEST_DATA)")
     return where
+
+
+@pytest.fixture
+def tiny_resnet(monkeypatch):
+    """A ResNet of 8 to 64 channels, and in place of timm's."""
+    from timm.models.resnet import BasicBlock, ResNet
+
+    from dense_ssl.backbones import BackboneConfig, make_backbone
+
+    def create(name, **options):
+        return ResNet(
+            BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(8, 16, 32, 64), stem_width=8
+        )
+
+    monkeypatch.setattr("dense_ssl.backbones.resnet.create_trunk", create)
+    torch.manual_seed(0)
+    return make_backbone(BackboneConfig(name="resnet18")).eval()

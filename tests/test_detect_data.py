@@ -136,8 +136,41 @@ def test_defects_of_voc_are_counted(rectangles, tmp_path):
         open_detection(root, None, None, YEARS)
     for name in ("000100", "000101"):
         (notes / f"{name}.xml").write_text(voc_annotation([("car", 1, 1, 9, 9)], difficult=1))
-    with pytest.raises(UserError, match="VOC2007 test.*: no object to find: .*000000.xml"):
+    refused = "VOC2007 test.*: no object to find: each of its 2 objects is difficult.*000000.xml"
+    with pytest.raises(UserError, match=refused):
         open_detection(root, None, None, ("2007",))
+
+
+def test_what_counts_for_nothing_is_said(rectangles, tmp_path):
+    """VOC's training learns difficult objects; COCO's takes neither crowds nor images without an object."""
+    root = tmp_path / "VOCdevkit"
+    shutil.copytree(rectangles / "VOCdevkit", root)
+    for number in range(4):
+        path = root / f"VOC2007/Annotations/{number:06}.xml"
+        path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))
+    data = open_detection(root, None, None, ("2007",))
+    assert all(thing.ignored for scene in data.train for thing in scene.things)
+    assert trainable(data.train, difficult=True) == data.train
+    coco = tmp_path / "coco"
+    shutil.copytree(rectangles / "coco", coco)
+    file = coco / "annotations/instances_train2017.json"
+    told = json.loads(file.read_text())
+    count = len(told["annotations"])
+    told["annotations"] = [each for each in told["annotations"] if each["image_id"] > 1]
+    file.write_text(json.dumps(told))
+    data = detect.load(coco, settings(settings="coco-fpn-1x"))
+    (line,) = data.omitted.lines()
+    assert line == "train: image without an object to learn: 2 (000000.jpg, 000001.jpg)"
+    assert count > len(told["annotations"])
+    for each in told["annotations"]:
+        each["iscrowd"] = 1
+    file.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"train2017\): no object to find: each of its \d objects is a crowd"):
+        open_detection(coco, None, None, YEARS)
+    told["annotations"] = []
+    file.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="no object to find: nothing is annotated"):
+        open_detection(coco, None, None, YEARS)
 
 
 def test_what_does_not_go_together_is_refused(rectangles, tmp_path):
@@ -175,6 +208,8 @@ def test_protocols_are_called_by_their_names():
         settings(settings="coco")
     with pytest.raises(UserError, match="one, or three of a cascade"):
         settings(overlaps="0.5,0.6")
+    with pytest.raises(UserError, match="anchors: one size per level of the pyramid, 5 of them"):
+        settings(settings="coco-fpn-1x", anchors="32,64")
 
 
 # --- images with their boxes and masks

@@ -1,20 +1,17 @@
 """Training and testing detectors: learning, chance, resuming to the bit, ranks, refusals, the command."""
 
 import json
-import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
-from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from dataprep.synthetic_objects import write_rectangles
 from dense_ssl.backbones import BackboneConfig, make_backbone
 from dense_ssl.config import UserError, validate
-from dense_ssl.distributed import close_world, init_world
 from dense_ssl.evaluation.__main__ import main
 from dense_ssl.evaluation.detection import train as detect
 from dense_ssl.evaluation.detection.augment import TrainingExamples
@@ -26,6 +23,7 @@ from dense_ssl.evaluation.trained import job as trained_job
 from dense_ssl.evaluation.trained.samples import TrainingSamples
 from dense_ssl.weights.layouts import to_detectron2
 from dense_ssl.weights.pretrained import load_backbone
+from tests.ranks import on_ranks
 
 # pycocotools 2.0 speaks to numpy 2 in the old way
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -42,20 +40,6 @@ def settings(name, **given):
 
 def tiny(name, **given):
     return validate(DetectConfig, TINY | {"settings": name, "bn_steps": 0} | given, "detect")
-
-
-@pytest.fixture
-def tiny_resnet(monkeypatch):
-    """A ResNet of 8 to 64 channels in place of timm's."""
-
-    def create(name, **options):
-        return ResNet(
-            BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(8, 16, 32, 64), stem_width=8
-        )
-
-    monkeypatch.setattr("dense_ssl.backbones.resnet.create_trunk", create)
-    torch.manual_seed(0)
-    return make_backbone(BackboneConfig(name="resnet18")).eval()
 
 
 def vit():
@@ -150,39 +134,20 @@ def test_final_statistics_are_means_over_batches(rectangles, tiny_resnet):
     assert all(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-RANKED = {"steps": 2, "lr": 1e-3, "bn_steps": 0, "max_val": 3}
-
-
-def _on_a_rank(rank, port, root, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
-        MASTER_PORT=port,
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    world = init_world("cpu")
-    config = tiny("coco-cascade-small-1x", **RANKED)
+def _on_a_rank(world, root, folder):
+    config = tiny("coco-cascade-small-1x", steps=2, lr=1e-3, max_val=3)
     data = detect.load(root, config)
-    values = detect.run(vit(), data, config, FeatureCache(folder, "w"))
-    model = detect._trained(vit(), data, config, FeatureCache(folder, "w"))
-    weights = torch.stack([p.double().sum() for p in model.parameters()])
-    torch.save({"values": values, "weights": weights}, folder / f"{rank}.pt")
-    close_world(world)
+    cache = FeatureCache(folder, "w")
+    values = detect.run(vit(), data, config, cache)
+    model = detect._trained(vit(), data, config, cache)
+    return values, torch.stack([p.double().sum() for p in model.parameters()]).detach()
 
 
 def test_two_ranks_train_one_network_and_share_the_test(rectangles, tmp_path):
-    context = mp.get_context("spawn")
-    port = str(20000 + abs(hash(str(tmp_path))) % 20000)
-    root = rectangles / "coco"
-    ranks = [context.Process(target=_on_a_rank, args=(r, port, root, tmp_path)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first["values"] == second["values"] and "mask-AP" in first["values"]
-    assert torch.equal(first["weights"], second["weights"])
-    assert first["weights"].isfinite().all()
+    work = partial(_on_a_rank, root=rectangles / "coco", folder=tmp_path)
+    (values, weights), (others, same) = on_ranks(2, work, tmp_path)
+    assert values == others and "mask-AP" in values
+    assert torch.equal(weights, same) and weights.isfinite().all()
 
 
 # --- refusals

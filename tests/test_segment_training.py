@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.models.resnet import BasicBlock, ResNet
 from torch.nn import functional as F
 
 from dataprep.synthetic import write_camvid_discs
@@ -47,20 +46,6 @@ from dense_ssl.evaluation.trained.draws import Draws
 from tests.ranks import on_ranks
 
 SMALL = {"size": "48,64", "batch_size": 4, "workers": 0, "precision": "fp32"}
-
-
-@pytest.fixture
-def tiny_resnet(monkeypatch):
-    """A ResNet of 8 to 64 channels in place of timm's."""
-
-    def create(name, **options):
-        return ResNet(
-            BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(8, 16, 32, 64), stem_width=8
-        )
-
-    monkeypatch.setattr("dense_ssl.backbones.resnet.create_trunk", create)
-    torch.manual_seed(0)
-    return make_backbone(BackboneConfig(name="resnet18")).eval()
 
 
 @pytest.fixture(scope="module")

@@ -173,14 +173,15 @@ class RegionPooler(nn.Module):
             [torch.full_like(boxes[:, :1], number) for number, boxes in enumerate(regions)]
         )
         boxes = torch.cat([image, torch.cat(list(regions))], dim=1)
-        out = maps[0].new_zeros(len(boxes), maps[0].shape[1], self._size, self._size)
-        out = out.float()
+        places, parts = [], []
         for level, (stride, values) in enumerate(zip(self._strides, maps)):
             at = (levels == level).nonzero()[:, 0]
             # Also of a level without a region, so that every map has its share in the gradient.
-            read = align(values.float(), boxes[at], self._size, 1 / stride, 0, aligned=True)
-            out = out.index_put((at,), read)
-        return out
+            places.append(at)
+            parts.append(align(values.float(), boxes[at], self._size, 1 / stride, 0, aligned=True))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts).index_select(0, torch.cat(places).argsort())
 
     def levels(self, boxes: Tensor) -> Tensor:
         """Return the level of each box, int64 [R]."""

@@ -103,7 +103,7 @@ def _open_coco(root: Path, limits: tuple[int | None, int | None]) -> DetectData:
         numbers = {identity: number for number, identity in enumerate(first, 1)}
         scenes = tuple(_scene_of(image, numbers) for image in thinned(split.images, limit))
         content.append(file_stamp(root / "annotations" / f"instances_{name}.json"))
-        parts.append(_checked(scenes, f"{root} ({name})", omitted))
+        parts.append(_checked(scenes, f"{root} ({name})", omitted, ignored="a crowd"))
     return _data("coco", tuple(name for name, _ in first.values()), parts, content, omitted)
 
 
@@ -145,16 +145,27 @@ def _open_voc(
             for record in thinned(found, limit)
         )
         names = " + ".join(f"VOC{year} {split}" for year, split in wanted)
-        parts.append(_checked(scenes, f"{root} ({names})", omitted))
+        learnt = not parts  # training takes difficult objects like others
+        ignored = None if learnt else "difficult"
+        parts.append(_checked(scenes, f"{root} ({names})", omitted, ignored=ignored))
     return _data("voc", classes, parts, content, omitted)
 
 
-def _checked(scenes: tuple[Scene, ...], where: str, omitted: Omissions) -> tuple[Scene, ...]:
-    """The scenes, where at least one shows something that counts."""
+def _checked(
+    scenes: tuple[Scene, ...], where: str, omitted: Omissions, *, ignored: str | None
+) -> tuple[Scene, ...]:
+    """The scenes, where at least one object counts; `ignored` says what those are that do not."""
     require_some(scenes, where, omitted)
-    if not any(not thing.ignored for scene in scenes for thing in scene.things):
-        reasons = "; ".join(omitted.lines()) or "nothing is annotated"
-        raise UserError(f"{where}: no object to find: {reasons}")
+    things = [thing for scene in scenes for thing in scene.things]
+    if not any(ignored is None or not thing.ignored for thing in things):
+        reasons = omitted.lines()
+        if things:
+            reasons.insert(
+                0, f"each of its {len(things)} objects is {ignored}, which does not count"
+            )
+        raise UserError(
+            f"{where}: no object to find: {'; '.join(reasons) or 'nothing is annotated'}"
+        )
     return scenes
 
 

@@ -13,6 +13,7 @@ from dense_ssl.evaluation.trained.settings import Published, Share, TrainedSetti
 Side = Annotated[int, Field(ge=16)]
 Count = Annotated[int, Field(ge=1)]
 Part = Literal["neck", "box", "mask"]
+LEVELS = 5  # of a pyramid, each with its own size of anchors
 
 
 class DetectConfig(TrainedSettings):
@@ -89,6 +90,8 @@ class DetectConfig(TrainedSettings):
             raise ValueError("short, train_years and anchors: one at least")
         if len(self.overlaps) not in (1, 3):
             raise ValueError("overlaps: one, or three of a cascade")
+        if self.of.head != "c4" and len(self.anchors) != LEVELS:
+            raise ValueError(f"anchors: one size per level of the pyramid, {LEVELS} of them")
         return self
 
     def check_layout(self, layout: str) -> None:

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from dense_ssl.backbones import Backbone
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank, world_size
-from dense_ssl.evaluation.classification.augmented import seeded
 from dense_ssl.evaluation.detection.augment import (
     Example,
     TrainingExamples,
@@ -37,11 +36,10 @@ from dense_ssl.evaluation.detection.model import Detector, build, make_optimizer
 from dense_ssl.evaluation.detection.pictures import detection_sheet
 from dense_ssl.evaluation.detection.protocols import DetectConfig
 from dense_ssl.evaluation.features import FeatureCache, content_key, thinned
-from dense_ssl.evaluation.ranks import everyone, share_buffers
-from dense_ssl.evaluation.trained.job import Job, require_finite, synchronise_norms
+from dense_ssl.evaluation.ranks import everyone
+from dense_ssl.evaluation.trained.job import Job, synchronise_norms
+from dense_ssl.evaluation.trained.loop import drawn_for, take_steps
 from dense_ssl.evaluation.trained.samples import UNREADABLE, TrainingSamples
-from dense_ssl.evaluation.trained.settings import learning_rate
-from dense_ssl.rng import key_of
 
 Config = DetectConfig
 STREAM = int.from_bytes(b"detect", "big")  # this module's branch of the random numbers of a seed
@@ -57,6 +55,10 @@ def load(path: Path, config: DetectConfig) -> DetectData:
     """
     data = open_detection(path, config.max_train, config.max_val, config.train_years)
     config.check_layout(data.layout)
+    learnt = {scene.path for scene in _learnt(data)}
+    for scene in data.train:
+        if scene.path not in learnt:
+            data.omitted.add("train: image without an object to learn", str(scene))
     return replace(data, protocol=config.protocol(data.layout))
 
 
@@ -74,10 +76,14 @@ def run(
     scenes, found = _found(model, data, config)
     if not scenes:
         raise UserError("test: no image can be read")
+    if not any(len(said.scores) for said in found):
+        data.omitted.add(
+            "test: nothing is found", f"in {len(scenes)} images no score is above 0.05"
+        )
     values = _scores(scenes, found, data, config.masks)
     for name in _absent(scenes, data):
         data.omitted.add("test: class of no object, in no mean", name)
-    blind = _blind(trainable(data.train, difficult=data.layout == "voc"), config)
+    blind = _blind(_learnt(data), config)
     fixed = [_laid(blind, scene, masks=config.masks) for scene in scenes]
     by_chance = _scores(scenes, fixed, data, config.masks)
     return values | {f"chance/{name}": value for name, value in by_chance.items()}
@@ -98,6 +104,11 @@ def pictures(
     return {"detections": detection_sheet(rows, data.classes, data.protocol)} if rows else {}
 
 
+def _learnt(data: DetectData) -> tuple[Scene, ...]:
+    """What is trained on; detectron2 learns VOC's difficult objects."""
+    return trainable(data.train, difficult=data.layout == "voc")
+
+
 def _trained(
     backbone: Backbone, data: DetectData, config: DetectConfig, cache: FeatureCache | None
 ) -> Detector:
@@ -108,9 +119,8 @@ def _trained(
         synchronise_norms(model)
     model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config)
-    scenes = trainable(data.train, difficult=data.layout == "voc")  # as detectron2 learns VOC
     show = TrainingExamples(config)
-    samples = TrainingSamples(scenes, show, config, data.omitted, stream=STREAM)
+    samples = TrainingSamples(_learnt(data), show, config, data.omitted, stream=STREAM)
     settings = config.model_dump_json(exclude={"workers"})
     key = content_key(config.task, data.protocol, data.content, settings)
     job = Job(cache.job(key) if cache else None)
@@ -133,34 +143,19 @@ def _train(
     """Take the steps from `start` up to `total`, then the final statistics."""
     trained = DistributedDataParallel(model) if world_size() > 1 else model
     batches = samples.batches(start, total + -(-config.bn_steps // config.accumulate))
-    progress = tqdm(
-        total=total, initial=start, desc=config.task, unit="step", leave=False,
-        disable=True if rank() else None,
+
+    def loss_of(step: int, micro: int) -> Tensor:
+        losses = _losses(trained, next(batches), config, step, micro)
+        loss = torch.stack(list(losses.values())).sum()
+        if not loss.isfinite():  # proposals wait for the device anyway
+            raise _diverged(losses, step)
+        return loss
+
+    take_steps(
+        model, optimizer, config, job, start=start, total=total,
+        steps_per_epoch=samples.steps_per_epoch, loss_of=loss_of,
+        last=lambda: _settle_norms(model, batches, config, total),
     )  # fmt: skip
-    model.train()
-    for step in range(start, total):
-        lr = learning_rate(config, step, samples.steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        loss = torch.zeros(())
-        for micro in range(config.accumulate):
-            losses = _losses(trained, next(batches), config, step, micro)
-            loss = torch.stack(list(losses.values())).sum()
-            if not loss.isfinite():  # proposals wait for the device anyway
-                raise _diverged(losses, step)
-            (loss / config.accumulate).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-        progress.update()
-        if step + 1 < total and job.due():
-            require_finite(model, step + 1)
-            job.keep(model, optimizer, step + 1)
-    require_finite(model, total)
-    _settle_norms(model, batches, config, total)
-    share_buffers(model)
-    job.keep(model, optimizer, total)
-    progress.close()
 
 
 def _losses(
@@ -176,9 +171,8 @@ def _losses(
         )
         for example in examples
     ]
-    with seeded(int(key_of(config.seed, _STEPS, step, micro, rank()))):
-        with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
-            return model(images, targets)
+    with drawn_for(config, _STEPS, step, micro, device):
+        return model(images, targets)
 
 
 def _diverged(losses: dict[str, Tensor], step: int) -> UserError:

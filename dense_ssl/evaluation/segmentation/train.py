@@ -21,7 +21,6 @@ from tqdm import tqdm
 from dense_ssl.backbones import Backbone
 from dense_ssl.config import UserError
 from dense_ssl.distributed import rank, world_size
-from dense_ssl.evaluation.classification.augmented import seeded
 from dense_ssl.evaluation.features import FeatureCache, content_key, normalised, thinned
 from dense_ssl.evaluation.label_maps import MOST_CLASSES, VOID, WIDE_VOID, LabelledImage
 from dense_ssl.evaluation.metrics import confusion, foreground_f, segmentation_scores
@@ -38,9 +37,8 @@ from dense_ssl.evaluation.segmentation.model import (
 )
 from dense_ssl.evaluation.segmentation.protocols import TrainedConfig
 from dense_ssl.evaluation.tinted import class_sheet
-from dense_ssl.evaluation.trained.job import Job, require_finite, synchronise_norms
-from dense_ssl.evaluation.trained.settings import learning_rate
-from dense_ssl.rng import key_of
+from dense_ssl.evaluation.trained.job import Job, synchronise_norms
+from dense_ssl.evaluation.trained.loop import drawn_for, take_steps
 
 STREAM = int.from_bytes(b"segstep", "big")  # dropout and drop path: a seed per (step, rank)
 _WIDE_CLASSES = 30_000
@@ -138,36 +136,24 @@ def _train(
     device = next(model.parameters()).device
     trained = DistributedDataParallel(model) if world_size() > 1 else model
     batches = crops.batches(start, total)
-    progress = tqdm(
-        total=total, initial=start, desc=config.task, unit="step", leave=False,
-        disable=True if rank() else None,
-    )  # fmt: skip
-    model.train()
-    for step in range(start, total):
-        lr = learning_rate(config, step, crops.steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        for micro in range(config.accumulate):
-            images, labels = next(batches)
-            images = normalised(images.to(device, non_blocking=True))
-            with seeded(int(key_of(config.seed, STREAM, step, micro, rank()))):
-                with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
-                    scores = trained(images.contiguous(memory_format=torch.channels_last))
-                loss = segmentation_loss(scores, labels.to(device), config)
-                (loss / config.accumulate).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.update()
-        done = step + 1
+
+    def loss_of(step: int, micro: int) -> Tensor:
+        images, labels = next(batches)
+        images = normalised(images.to(device, non_blocking=True))
+        with drawn_for(config, STREAM, step, micro, device):
+            scores = trained(images.contiguous(memory_format=torch.channels_last))
+        return segmentation_loss(scores, labels.to(device), config)
+
+    def select(done: int) -> None:
         if config.select == "best" and (done == total or done % crops.steps_per_epoch == 0):
             share_buffers(model)
             job.compare(model, _mean_iou(model, data, config.single()))
             model.train()
-        if done == total or job.due():
-            require_finite(model, done)
-            job.keep(model, optimizer, done)
-    share_buffers(model)
-    progress.close()
+
+    take_steps(
+        model, optimizer, config, job, start=start, total=total,
+        steps_per_epoch=crops.steps_per_epoch, loss_of=loss_of, after=select,
+    )  # fmt: skip
 
 
 def _mean_iou(model: Segmenter, data: SegmentData, config: TrainedConfig) -> float:
