@@ -165,7 +165,9 @@ def test_what_counts_for_nothing_is_said(rectangles, tmp_path):
     for each in told["annotations"]:
         each["iscrowd"] = 1
     file.write_text(json.dumps(told))
-    with pytest.raises(UserError, match=r"train2017\): no object to find: each of its \d objects is a crowd"):
+    with pytest.raises(
+        UserError, match=r"train2017\): no object to find: each of its \d objects is a crowd"
+    ):
         open_detection(coco, None, None, YEARS)
     told["annotations"] = []
     file.write_text(json.dumps(told))

@@ -55,29 +55,40 @@ def rectangles(tmp_path_factory):
 # --- learning
 
 
-def test_mask_rcnn_learns_coloured_rectangles(rectangles, tiny_resnet):
-    config = settings("coco-fpn-1x", steps=120, lr=0.05)
-    before = {name: x.clone() for name, x in tiny_resnet.state_dict().items()}
-    values = detect.run(tiny_resnet, detect.load(rectangles / "coco", config), config)
-    assert values["box-AP50"] > 75 and values["mask-AP50"] > 75
-    assert values["chance/box-AP50"] < 10 and values["chance/mask-AP50"] < 10
-    assert all(torch.equal(x, before[name]) for name, x in tiny_resnet.state_dict().items())
+# Rectangles of 22 to 32 px, doubled and more: strides of 16 px are too wide for the small ones above, and the
+# random deconvolutions of a ViT's pyramid draw a pattern on its finest level that has to be learnt away.
+EASY = {
+    "batch_size": 4, "workers": 0, "precision": "fp32", "schedule": "cosine", "warmup": 0.05, "short": 128,
+    "width": 16, "hidden": 256, "rois": 16, "proposals": "200,100", "kept": "100,40", "bn_steps": 6,
+    "anchors": "56,56,56,56,56",
+}  # fmt: skip
+OF_VITS = {"lr": 3e-3, "layer_decay": 1.0, "drop_path": 0.0, "crop": "none"}
+FAMILIES = {
+    "voc-c4": {"steps": 130, "lr": 0.05, "short": 192, "anchors": "72,96", "train_years": 2007},
+    "coco-fpn-1x": {"steps": 110, "lr": 0.05},
+    "coco-simple-1x": OF_VITS | {"steps": 100, "box_head": "layers", "normed": ()},
+    "coco-cascade-small-1x": OF_VITS | {"steps": 110},
+}
 
 
-def test_faster_rcnn_c4_learns_coloured_rectangles(rectangles, tiny_resnet):
-    config = settings("voc-c4", steps=80, lr=0.08, anchors="16,24,32", train_years=2007)
-    values = detect.run(tiny_resnet, detect.load(rectangles, config), config)
-    assert values["AP50"] > 40 and values["chance/AP50"] < 10
-    assert set(values) == {f"{c}{n}" for c in ("", "chance/") for n in ("AP", "AP50", "AP75")}
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory):
+    return write_rectangles(tmp_path_factory.mktemp("easy"), train=48, val=12, sides=(22, 32))
 
 
-def test_a_cascade_on_a_vit_learns_coloured_rectangles(rectangles):
-    config = settings(
-        "coco-cascade-small-1x", steps=50, lr=4e-3, layer_decay=1.0, drop_path=0.0, crop="none",
-        rois=24,
-    )  # fmt: skip
-    values = detect.run(vit(), detect.load(rectangles / "coco", config), config)
-    assert values["box-AP50"] > 35 and values["mask-AP50"] > 35
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_network_learns_coloured_rectangles(easy, tiny_resnet, name):
+    config = validate(DetectConfig, EASY | {"settings": name} | FAMILIES[name], "detect")
+    backbone = vit() if config.of.head in ("blocks", "simple") else tiny_resnet
+    before = {key: x.clone() for key, x in backbone.state_dict().items()}
+    root = easy if name == "voc-c4" else easy / "coco"
+    values = detect.run(backbone, detect.load(root, config), config)
+    kinds = ("",) if name == "voc-c4" else ("box-", "mask-")
+    for kind in kinds:
+        assert values[f"{kind}AP50"] > 95 and values[f"chance/{kind}AP50"] < 10
+    assert all(torch.equal(x, before[key]) for key, x in backbone.state_dict().items())
+    if name == "voc-c4":
+        assert set(values) == {f"{c}{n}" for c in ("", "chance/") for n in ("AP", "AP50", "AP75")}
 
 
 def test_nothing_is_learnt_of_annotations_of_other_images(tiny_resnet, tmp_path):
@@ -204,21 +215,21 @@ def test_command_writes_results_and_pictures(rectangles, tmp_path, capsys):
     assert "the data are COCO's" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("layout", ["moco", "detectron2"])
-def test_published_layouts_become_the_same_detector(layout, tmp_path):
+def test_published_layouts_become_the_same_detector(tmp_path):
     original = make_backbone(BackboneConfig(name="resnet50"))
     state = original.trunk.state_dict()
-    if layout == "moco":
-        told = {f"module.encoder_q.{name}": x for name, x in state.items()}
-        path = tmp_path / "moco_v2_200ep.pth.tar"
-        torch.save({"epoch": 200, "arch": "resnet50", "state_dict": told}, path)
-    else:
-        path = tmp_path / "backbone.pth"
-        told = to_detectron2(state)["model"]
-        torch.save({"model": {name: torch.as_tensor(x) for name, x in told.items()}}, path)
-    model = build(load_backbone(str(path)).backbone, 20, tiny("voc-c4", anchors="24"))
-    found = model.trunk.backbone.trunk.state_dict() | {
-        f"layer4.{name}": x for name, x in model.shared.stage.state_dict().items()
-    }
-    assert set(found) == set(state)
-    assert all(torch.equal(x, state[name]) for name, x in found.items())
+    moco = {f"module.encoder_q.{name}": x for name, x in state.items()}
+    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": moco}, tmp_path / "moco.pth.tar")
+    told = to_detectron2(state)["model"]
+    torch.save(
+        {"model": {name: torch.as_tensor(x) for name, x in told.items()}}, tmp_path / "d2.pth"
+    )
+    for file in ("moco.pth.tar", "d2.pth"):
+        model = build(
+            load_backbone(str(tmp_path / file)).backbone, 20, tiny("voc-c4", anchors="24")
+        )
+        found = model.trunk.backbone.trunk.state_dict() | {
+            f"layer4.{name}": x for name, x in model.shared.stage.state_dict().items()
+        }
+        assert set(found) == set(state)
+        assert all(torch.equal(x, state[name]) for name, x in found.items())
