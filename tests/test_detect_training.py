@@ -1,6 +1,7 @@
 """Training and testing detectors: learning, chance, resuming to the bit, ranks, refusals, the command."""
 
 import json
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -146,6 +147,7 @@ def test_final_statistics_are_means_over_batches(rectangles, tiny_resnet):
 
 
 def _on_a_rank(world, root, folder):
+    warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # as above
     config = tiny("coco-cascade-small-1x", steps=2, lr=1e-3, max_val=3)
     data = detect.load(root, config)
     cache = FeatureCache(folder, "w")
