@@ -258,7 +258,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_weights(colours, tmp_path, monkeypa
             linear.run(ColourBackbone(), data, config, cache)
         monkeypatch.undo()
     resumed = linear._outcome(ColourBackbone(), data, config, cache)
-    assert torch.equal(resumed.scores, whole.scores) and resumed.lr == whole.lr
+    assert torch.equal(resumed.scores, whole.scores) and resumed.rule == whole.rule
     finished = ColourBackbone()
     (sheet,) = linear.pictures(finished, data, config, cache).values()
     assert finished.calls == 0 and sheet.height > 100  # nothing is trained or computed again

@@ -321,7 +321,7 @@ def _frozen(root, cache):
     backbone = network().eval()
     found = knn.run(backbone, knn.load(root, few), few, cache)
     outcome = linear._outcome(backbone, linear.load(root, sweep), sweep, cache)
-    return found, outcome.scores, outcome.lr
+    return found, outcome.scores, outcome.rule.lr
 
 
 # Mixup pairs the images of a rank, and erasing is drawn by the rank: without them ranks change nothing.
